@@ -1,0 +1,1 @@
+//! The specification: every operation in plain Rust, to be read beside the papers, and the CPU backend.
