@@ -1,5 +1,7 @@
 //! What a configuration tells about a model without its weights: sizes, compute, memory.
 
+use std::fmt::Display;
+
 use anabranch::{Dtype, GroupScore, Renormalize, Score};
 use serde::{Serialize, Serializer};
 
@@ -129,7 +131,7 @@ pub struct CacheSize {
     pub bytes: u64,
 }
 
-fn display<S: Serializer>(value: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+fn display<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
 }
 
