@@ -47,8 +47,7 @@ pub(super) fn read(object: &Object<'_>, base: &Base, head_dim: usize, rules: &Ru
 
     let partial = number("partial_rotary_factor")?;
     let rotary_dim = match (partial.or(rules.default_partial), rules.default_partial) {
-        (None, _) => head_dim,
-        (Some(1.0), None) => head_dim,
+        (None, _) | (Some(1.0), None) => head_dim,
         (Some(factor), None) => {
             return Err(object.error(format!(
                 "partial_rotary_factor must be 1, because this family rotates whole heads, got {factor}"
