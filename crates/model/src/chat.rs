@@ -10,16 +10,24 @@ mod json;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    thread,
 };
 
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context, syntax::SyntaxConfig};
 
 use crate::{Error, Result};
 
-/// What a template may do before it is taken to run for ever: about this many steps, and more for each message and byte.
-/// Templates of published models take a few hundred steps for a message.
+/// What a template may do before it is taken to run for ever: about this many steps, and more for each message and for the
+/// text. Templates of published models take a few hundred steps for a message.
 const BASE_FUEL: u64 = 50_000;
-const MESSAGE_FUEL: u64 = 5_000;
+const MESSAGE_FUEL: u64 = 2_000;
+const BYTES_PER_FUEL: u64 = 4;
+
+/// The stack that a template runs on. It can nest a list in a list once every few steps, and such a value is dropped and
+/// compared recursively: the stack grows with the steps, so that it is always the steps that run out. Pages never touched
+/// take no memory.
+const BASE_STACK: usize = 4 << 20;
+const STACK_PER_FUEL: usize = 512;
 
 /// The special tokens that templates may name, as keys of `tokenizer_config.json`.
 const SPECIAL_TOKENS: [&str; 7] =
@@ -89,16 +97,20 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if it is no Jinja2 template.
-    pub fn new(path: &Path, source: String) -> Result<Self> {
+    pub fn new(path: &Path, source: &str) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|cause| failed(path, &cause))?);
+        // Debugging would copy the variables into every error.
+        environment.set_debug(false);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", json::tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", date::strftime_now);
-        environment.add_template_owned(TEMPLATE, source).map_err(|cause| failed(path, &cause))?;
+        environment
+            .add_template_owned(TEMPLATE, without_generation_tags(source))
+            .map_err(|cause| failed(path, &cause))?;
         Ok(Self { environment, path: path.to_owned() })
     }
 
@@ -122,7 +134,7 @@ impl ChatTemplate {
                 return Err(fault(path, "chat_template must be a string or a list of named templates".to_owned()));
             }
         };
-        Self::new(path, source.clone()).map(Some)
+        Self::new(path, source).map(Some)
     }
 
     /// Writes out a conversation.
@@ -134,9 +146,20 @@ impl ChatTemplate {
         if messages.is_empty() {
             return Err(Error::Input("the conversation is empty: give at least one message".to_owned()));
         }
-        let mut environment = self.environment.clone();
         let bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
-        environment.set_fuel(Some(BASE_FUEL + MESSAGE_FUEL * messages.len() as u64 + bytes as u64));
+        let fuel = BASE_FUEL + MESSAGE_FUEL * messages.len() as u64 + bytes as u64 / BYTES_PER_FUEL;
+        let stack = BASE_STACK + fuel as usize * STACK_PER_FUEL;
+        thread::scope(|scope| {
+            let work = || self.render_bounded(messages, special, reply, fuel);
+            let worker = thread::Builder::new().stack_size(stack).spawn_scoped(scope, work);
+            let worker = worker.map_err(Error::io("start a thread to render the chat template of", &self.path))?;
+            worker.join().unwrap_or_else(|_| Err(fault(&self.path, "the chat template cannot be rendered".to_owned())))
+        })
+    }
+
+    fn render_bounded(&self, messages: &[Message], special: &SpecialTokens, reply: Reply, fuel: u64) -> Result<String> {
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
         let turns: Vec<Value> = messages
             .iter()
             .map(|turn| Value::from_pairs([("role", turn.role.as_str()), ("content", turn.content.as_str())]))
@@ -181,6 +204,24 @@ fn refusal(error: &minijinja::Error) -> Option<String> {
         cause = current.source();
     }
     None
+}
+
+/// Transformers adds a block `{% generation %}` around what the assistant says, to tell it apart in training. It writes
+/// what is in it, like a condition that always holds.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    for (index, piece) in source.split("{%").enumerate() {
+        if index > 0 {
+            out.push_str("{%");
+        }
+        let tag = piece.split_once("%}").map(|(tag, _)| tag.trim_matches(['-', '+', ' ', '\t', '\n', '\r']));
+        match tag {
+            Some("generation") => out.push_str(&piece.replacen("generation", "if true", 1)),
+            Some("endgeneration") => out.push_str(&piece.replacen("endgeneration", "endif", 1)),
+            _ => out.push_str(piece),
+        }
+    }
+    out
 }
 
 fn failed(path: &Path, cause: &minijinja::Error) -> Error {

@@ -50,7 +50,7 @@ impl Tokenizer {
 
         let template_path = dir.join("chat_template.jinja");
         let chat = match read_optional(&template_path)? {
-            Some(source) => Some(ChatTemplate::new(&template_path, source)?),
+            Some(source) => Some(ChatTemplate::new(&template_path, &source)?),
             None => ChatTemplate::from_config(&config_path, &config)?,
         };
         Ok(Self { inner, path, bos, special, chat })

@@ -68,6 +68,8 @@ impl Forward for Fake {
             rest = after;
             let sequence = &mut self.sequences[segment.sequence];
             assert_eq!(sequence.len(), segment.position);
+            // Where a prompt is cut must not depend on the others, or rounding would.
+            assert!(segment.len == 1 || segment.position.is_multiple_of(2048));
             sequence.extend_from_slice(ids);
             assert!(sequence.len() <= self.capacities[segment.sequence]);
             logits.extend(self.row(&self.sequences[segment.sequence]));

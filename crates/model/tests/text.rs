@@ -215,7 +215,7 @@ fn turn(role: &str, content: &str) -> Message {
 fn render(source: &str, messages: &[Message]) -> Result<String, Error> {
     let path = Path::new("template");
     let special = SpecialTokens::from_config(&json!({"bos_token": "<s>", "eos_token": "</s>"}), path)?;
-    ChatTemplate::new(path, source.to_owned())?.render(messages, &special, Reply::Begin)
+    ChatTemplate::new(path, source)?.render(messages, &special, Reply::Begin)
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn templates_see_what_transformers_gives_them() {
     // Python's methods, slices and tests; the variables that Transformers passes as None.
     let python = "{{ messages[0]['content'].strip().upper() }}{{ tools is none }}{{ 'a-b'.split('-')[-1] }}\
                   {{ messages[-1:]|length }}{{ undefined_name is defined }}{{ eos_token }}";
-    assert_eq!(render(python, &user).unwrap(), "HItrueb1false</s>".replace("true", "True").replace("false", "False"));
+    assert_eq!(render(python, &user).unwrap(), "HITrueb1False</s>");
     let today = render("{{ strftime_now('%Y-%m-%d') }}", &user).unwrap();
     assert_eq!((today.len(), today.starts_with("20")), (10, true));
 }
@@ -302,4 +302,28 @@ fn a_long_conversation_is_within_the_bounds() {
     let messages: Vec<Message> = (0..400).map(|turn_index| turn("user", &"words ".repeat(turn_index))).collect();
     let template = "{% for m in messages %}{% if m.content is string %}{{ m.role ~ ': ' ~ m.content | trim }}\n{% endif %}{% endfor %}";
     assert_eq!(render(template, &messages).unwrap().lines().count(), 400);
+}
+
+#[test]
+fn a_template_cannot_exhaust_the_stack() {
+    let nest = "{% set ns = namespace(x=[], y=[]) %}{% for i in range(STEPS) %}\
+                {% set ns.x = [ns.x] %}{% set ns.y = [ns.y] %}{% endfor %}";
+    // Enough messages for fuel that nests far deeper than an ordinary stack bears.
+    let messages = vec![Message::user("x"); 400];
+    for use_it in
+        ["", "{{ ns.x == ns.y }}", "{{ ns.x }}", "{{ [ns.x, ns.y]|sort|length }}", "{{ raise_exception(ns.x|string) }}"]
+    {
+        let ends = format!("{nest}{use_it}").replace("STEPS", "20000");
+        let refused = render(&ends, &messages).is_err_and(|error| matches!(error, Error::Input(_)));
+        assert_eq!(refused, use_it.contains("raise"), "{use_it}");
+        let endless = format!("{nest}{nest}{nest}{nest}{use_it}").replace("STEPS", "100000");
+        assert!(matches!(render(&endless, &messages), Err(Error::Tokenizer { .. })), "{use_it}");
+    }
+}
+
+#[test]
+fn generation_tags_write_what_is_in_them() {
+    let template =
+        "{% for m in messages %}\n{%- generation -%}\n {{ m.content }}\n{% endgeneration %}generation{% endfor %}";
+    assert_eq!(render(template, &[Message::user("x")]).unwrap(), "x\ngeneration");
 }
