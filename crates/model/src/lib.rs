@@ -2,14 +2,17 @@
 
 mod batch;
 mod chat;
+pub mod checkpoint;
 pub mod config;
 mod error;
 mod generate;
+pub mod memory;
 mod text_stream;
 mod tokenizer;
 
 pub use batch::{Batch, Segment};
 pub use chat::{ChatTemplate, Message, Reply, SpecialTokens};
+pub use checkpoint::{Checkpoint, Tensor, TensorFile};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use generate::{Finish, Forward, GenerateOptions, Generated, Generation, Stats, generate};
