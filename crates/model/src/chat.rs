@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context, syntax::SyntaxConfig};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context, syntax::SyntaxConfig, value::Kwargs};
 
 use crate::{Error, Result};
 
@@ -105,7 +105,7 @@ impl ChatTemplate {
         environment.set_debug(false);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", json::tojson);
+        environment.add_filter("tojson", |value: &Value, options: Kwargs| json::tojson(value, &options));
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", date::strftime_now);
         environment

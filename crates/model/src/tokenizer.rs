@@ -57,7 +57,8 @@ impl Tokenizer {
     }
 
     /// The ids of a text, with the special tokens that the tokenizer's post-processor adds, and begun by the BOS token if
-    /// `add_bos_token` is true: published DeepSeek files say it only there, and those models are lost without it.
+    /// `add_bos_token` is true, once. (Transformers 5 leaves it all to the post-processor; Transformers 4 went by
+    /// `add_bos_token` for Llama's tokenizer class, and there are files that say it only there.)
     /// Special tokens written out in the text are recognised, as in Transformers.
     ///
     /// # Errors

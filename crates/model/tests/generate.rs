@@ -131,7 +131,7 @@ fn a_batch_gives_what_each_prompt_gives_alone() {
 fn greedy_follows_the_largest_logit() {
     let mut model = Fake::hashing(4096);
     let prompt = vec![10, 20, 30];
-    let generated = run(&mut model, &[prompt.clone()], &options(16, Sampling::greedy())).unwrap();
+    let generated = run(&mut model, std::slice::from_ref(&prompt), &options(16, Sampling::greedy())).unwrap();
     let mut ids = prompt;
     for &id in &generated.sequences[0].ids {
         let row = model.row(&ids);

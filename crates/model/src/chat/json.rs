@@ -11,7 +11,7 @@ use minijinja::{
 const MAX_DEPTH: usize = 128;
 
 /// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)`.
-pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
+pub(super) fn tojson(value: &Value, options: &Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let (item, key) = match separators.as_deref() {
