@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::{
-    Backend, Batch, Checkpoint, Config, Cpu, Error, Result,
+    Backend, Batch, Checkpoint, Config, Cpu, Error, Forward, Result,
     backend::{Positions, TopkIds},
     weights::Weights,
 };
@@ -145,5 +145,49 @@ impl<B: Backend> Model<B> {
     /// If there is no such row.
     pub fn logits(&self, hidden: &B::Tensor, rows: &[usize]) -> Result<Vec<f32>> {
         self.backend.logits(self.head.as_ref().unwrap_or(&self.embedding), hidden, rows)
+    }
+}
+
+/// A model with a cache of its own: what [`crate::generate`] runs.
+pub struct Session<'a, B: Backend = Cpu> {
+    model: &'a Model<B>,
+    cache: B::Cache,
+}
+
+impl<'a, B: Backend> Session<'a, B> {
+    /// A session without sequences.
+    ///
+    /// # Errors
+    /// If the backend cannot make a cache.
+    pub fn new(model: &'a Model<B>) -> Result<Self> {
+        Ok(Self { model, cache: model.cache(&[])? })
+    }
+}
+
+impl<B: Backend> Forward for Session<'_, B> {
+    fn vocab_size(&self) -> usize {
+        self.model.config.vocab_size
+    }
+
+    fn max_position_embeddings(&self) -> usize {
+        self.model.config.max_position_embeddings
+    }
+
+    fn reset(&mut self, capacities: &[usize]) -> Result<()> {
+        self.cache = self.model.cache(capacities)?;
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
+        let hidden = self.model.forward(batch, &mut self.cache, None)?;
+        let last: Vec<usize> = batch
+            .segments
+            .iter()
+            .scan(0, |end, segment| {
+                *end += segment.len;
+                Some(*end - 1)
+            })
+            .collect();
+        self.model.logits(&hidden, &last)
     }
 }
