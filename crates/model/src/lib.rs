@@ -1,7 +1,11 @@
 //! Mixture-of-experts language models in the Hugging Face layout, composed from anabranch's operations.
 
+pub mod analysis;
 pub mod config;
 mod error;
+mod families;
+pub mod presets;
+pub mod tensors;
 
 pub use config::Config;
 pub use error::{Error, Result};
