@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 mod error;
 mod families;
+pub mod init;
 pub mod memory;
 pub mod presets;
 pub mod tensors;
