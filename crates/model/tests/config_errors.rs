@@ -213,7 +213,6 @@ fn quantization_other_than_block_fp8() {
         (json!({"quant_method": "fp8"}), "weight_block_size must be two sizes, such as [128, 128], got none"),
         (with("fmt", json!("e5m2")), r#"fmt must be "e4m3""#),
         (with("weight_block_size", json!([128, 0])), "weight_block_size must be a whole number"),
-        (with("activation_scheme", json!("static")), r#"activation_scheme must be "dynamic""#),
         (with("modules_to_not_convert", json!(["model.layers.0.mlp"])), "modules_to_not_convert must be"),
     ];
     for (value, expected) in cases {

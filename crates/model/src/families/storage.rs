@@ -45,7 +45,6 @@ fn fp8_block(object: &Object<'_>) -> Result<Option<[usize; 2]>> {
     }
     quantization.expect_text("quant_method", &["fp8"])?;
     quantization.expect_text("fmt", &["e4m3"])?;
-    quantization.expect_text("activation_scheme", &["dynamic"])?;
     let block = quantization.sizes("weight_block_size", &(1..=MAX_WIDTH))?;
     let &[rows, columns] = block.as_slice() else {
         return Err(quantization.error(format!(
