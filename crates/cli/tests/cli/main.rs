@@ -1,0 +1,5 @@
+//! The binary from outside: what it prints, how it ends, and what it leaves behind.
+
+mod doctor;
+mod support;
+mod usage;

@@ -1,0 +1,79 @@
+//! Running the binary.
+
+use std::{
+    ffi::OsStr,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+/// What a run left.
+pub(crate) struct Run {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Run {
+    /// Checks for success and gives standard output.
+    #[track_caller]
+    pub(crate) fn success(self) -> String {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        self.stdout
+    }
+
+    /// Checks that the run failed with this exit code and one sentence that contains all of `words`, and printed nothing.
+    #[track_caller]
+    pub(crate) fn failure(self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, Some(code), "{}", self.stderr);
+        assert_eq!(self.stdout, "");
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        let line = self.stderr.lines().find(|line| line.starts_with("error: "));
+        let line = line.unwrap_or_else(|| panic!("no error line in {:?}", self.stderr));
+        for word in words {
+            assert!(line.contains(word), "{word:?} is not in {line:?}");
+        }
+        if code == 1 {
+            assert_eq!(self.stderr.lines().count(), 1, "one sentence: {}", self.stderr);
+        }
+    }
+}
+
+/// The binary, ready to run without the caller's settings.
+pub(crate) fn anabranch<S: AsRef<OsStr>>(arguments: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_anabranch"));
+    command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null());
+    command
+}
+
+/// Runs to the end with empty standard input.
+pub(crate) fn run<S: AsRef<OsStr>>(arguments: &[S]) -> Run {
+    finish(anabranch(arguments).output().unwrap())
+}
+
+/// Runs to the end with this standard input.
+pub(crate) fn run_with_input<S: AsRef<OsStr>>(arguments: &[S], input: &[u8]) -> Run {
+    let mut command = anabranch(arguments);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A run that fails before it reads closes the pipe, which is its right.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    wait(child)
+}
+
+/// Waits for a run whose streams are pipes.
+pub(crate) fn wait(child: Child) -> Run {
+    finish(child.wait_with_output().unwrap())
+}
+
+fn finish(output: Output) -> Run {
+    Run {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// Folder of a golden checkpoint.
+pub(crate) fn golden(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(family)
+}
