@@ -28,6 +28,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Inspect(commands::inspect::Arguments),
     Doctor(commands::doctor::Arguments),
 }
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     };
     start_logging();
     let result = interrupt::install().and_then(|()| match cli.command {
+        Command::Inspect(arguments) => commands::inspect::run(&arguments),
         Command::Doctor(arguments) => commands::doctor::run(&arguments),
     });
     match result {

@@ -2,7 +2,7 @@
 
 use crate::support::run;
 
-const COMMANDS: [&str; 1] = ["doctor"];
+const COMMANDS: [&str; 2] = ["inspect", "doctor"];
 
 #[test]
 fn help_names_every_command() {
