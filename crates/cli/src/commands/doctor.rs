@@ -1,6 +1,6 @@
 //! `anabranch doctor`: what this machine has and lacks, for what.
 
-use crate::{failure::Failure, output, units};
+use crate::{disk as disk_space, failure::Failure, output, units};
 use std::{
     env, fs,
     path::{Path, PathBuf},
@@ -95,22 +95,11 @@ fn memory() -> Finding {
 }
 
 fn disk() -> Finding {
-    let state = free_disk().map_or_else(
+    let state = disk_space::free(Path::new(".")).map_or_else(
         || Ok("amount not known on this system".to_owned()),
         |free| Ok(format!("{} free in this folder", units::bytes(free))),
     );
     Finding { name: "disk", purpose: "holds checkpoints (`anabranch init` writes one)", state }
-}
-
-#[cfg(unix)]
-fn free_disk() -> Option<u64> {
-    let stat = rustix::fs::statvfs(".").ok()?;
-    stat.f_bavail.checked_mul(stat.f_frsize)
-}
-
-#[cfg(not(unix))]
-fn free_disk() -> Option<u64> {
-    None
 }
 
 fn driver() -> Finding {

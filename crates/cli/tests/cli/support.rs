@@ -1,11 +1,14 @@
 //! Running the binary.
 
+use serde_json::Value;
 use std::{
     ffi::OsStr,
+    fs,
     io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
 };
+use tempfile::TempDir;
 
 /// What a run left.
 pub(crate) struct Run {
@@ -76,4 +79,47 @@ fn finish(output: Output) -> Run {
 /// Folder of a golden checkpoint.
 pub(crate) fn golden(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(family)
+}
+
+/// A golden checkpoint's folder as an argument.
+pub(crate) fn golden_argument(family: &str) -> String {
+    golden(family).to_str().unwrap().to_owned()
+}
+
+/// A copy of a golden checkpoint, to be damaged.
+pub(crate) struct Copy {
+    folder: TempDir,
+}
+
+impl Copy {
+    pub(crate) fn of(family: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir(golden(family)).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        Self { folder }
+    }
+
+    pub(crate) fn path(&self, file: &str) -> PathBuf {
+        self.folder.path().join(file)
+    }
+
+    pub(crate) fn argument(&self) -> &str {
+        self.folder.path().to_str().unwrap()
+    }
+
+    /// Changes a JSON file.
+    pub(crate) fn edit(&self, file: &str, change: impl FnOnce(&mut Value)) {
+        let mut json: Value = serde_json::from_slice(&fs::read(self.path(file)).unwrap()).unwrap();
+        change(&mut json);
+        fs::write(self.path(file), json.to_string()).unwrap();
+    }
+}
+
+/// Asks a run to stop, as Ctrl-C does.
+#[cfg(unix)]
+pub(crate) fn interrupt(child: &Child) {
+    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
 }
