@@ -97,7 +97,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         eos: config.eos_token_ids.clone(),
     };
     let model = progress::loading(|report| Model::load(&arguments.model, Cpu, report))?;
-    let generated = interrupt::deferred(|| speak(&mut Session::new(model), &tokenizer, &prompts, &options))?;
+    let generated = interrupt::deferred(|| speak(&model, &tokenizer, &prompts, &options))?;
     if arguments.stats {
         output::complain(&report(&generated.stats));
     }
@@ -106,7 +106,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
 /// Generates, and prints: the text of a single prompt as it comes, those of several one after another under a heading.
 fn speak(
-    session: &mut Session,
+    model: &Model,
     tokenizer: &Tokenizer,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
@@ -124,7 +124,8 @@ fn speak(
             Error::Interrupted
         })
     };
-    let result = generate(session, tokenizer, prompts, options, &interrupt::requested, &mut on_text);
+    let mut session = Session::new(model)?;
+    let result = generate(&mut session, tokenizer, prompts, options, &interrupt::requested, &mut on_text);
     if let Some(failure) = refused {
         return Err(failure);
     }

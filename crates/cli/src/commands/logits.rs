@@ -70,11 +70,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let demand = Demand { cached_tokens: ids.length, logit_rows: ROWS.min(ids.length) };
     memory::check(&arguments.model, &config, &demand, arguments.memory_limit)?;
     let model = progress::loading(|report| Model::load(&arguments.model, Cpu, report))?;
-    interrupt::deferred(|| {
-        let run = |sequence| Pass::run(&model, sequence, arguments.hidden);
-        let passes = ids.sequences().map(run).collect::<Result<Vec<_>, Failure>>()?;
-        write(&arguments.out, &model, ids.length, &passes)
-    })
+    // No file is there yet: Ctrl-C may end a pass at once, however long it is.
+    let run = |sequence| Pass::run(&model, sequence, arguments.hidden);
+    let passes = ids.sequences().map(run).collect::<Result<Vec<_>, Failure>>()?;
+    interrupt::deferred(|| write(&arguments.out, &model, ids.length, &passes))
 }
 
 /// The sequences of the input file, every id below the vocabulary's size.
@@ -123,7 +122,6 @@ struct Pass<B: Backend> {
 impl<B: Backend> Pass<B> {
     /// One pass over the whole sequence. Sequences go one by one: each needs its own cache only while it runs.
     fn run(model: &Model<B>, ids: &[u32], hidden: bool) -> Result<Self, Failure> {
-        interrupt::check()?;
         let mut cache = model.cache(&[ids.len()])?;
         let batch = Batch { ids, segments: &[Segment { sequence: 0, position: 0, len: ids.len() }] };
         let mut seen = Capture::default();
