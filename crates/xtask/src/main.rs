@@ -1,2 +1,76 @@
-//! x
-fn main() {}
+//! The repository's own commands, without a dependency, so that a fresh machine runs the first one at once.
+
+mod demo;
+mod deny;
+mod process;
+mod test;
+
+use std::{env, process::ExitCode};
+
+/// Why a command stopped.
+enum Failure {
+    /// It was called with arguments that it does not know: exit code 2.
+    Usage(String),
+    /// It ran and failed: exit code 1.
+    Failed(String),
+}
+
+struct Command {
+    name: &'static str,
+    arguments: &'static str,
+    summary: &'static str,
+    run: fn(&[String]) -> Result<(), Failure>,
+}
+
+const COMMANDS: &[Command] = &[
+    Command {
+        name: "demo",
+        arguments: "",
+        summary: "build the command-line tool and generate text from the bundled tiny checkpoint",
+        run: demo::run,
+    },
+    Command {
+        name: "test",
+        arguments: "[STEP ...]",
+        summary: "everything that this machine can check, or only the named steps",
+        run: test::run,
+    },
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let result = match arguments.split_first() {
+        None => {
+            help();
+            Ok(())
+        }
+        Some((name, _)) if matches!(name.as_str(), "help" | "--help" | "-h") => {
+            help();
+            Ok(())
+        }
+        Some((name, rest)) => match COMMANDS.iter().find(|command| command.name == name) {
+            Some(command) => (command.run)(rest),
+            None => Err(Failure::Usage(format!("there is no command `{name}`; `cargo xtask help` lists them"))),
+        },
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Failed(message)) => {
+            eprintln!("error: {message}");
+            ExitCode::from(1)
+        }
+        Err(Failure::Usage(message)) => {
+            eprintln!("error: {message}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn help() {
+    println!("Usage: cargo xtask COMMAND\n");
+    for command in COMMANDS {
+        let usage = format!("{} {}", command.name, command.arguments);
+        println!("  {usage:<18}{}", command.summary);
+    }
+    println!("\nSteps of `test`: {}", test::step_names().join(", "));
+}
