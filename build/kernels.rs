@@ -78,9 +78,10 @@ impl Unit {
         let name = source.strip_prefix(root).unwrap_or(source).display().to_string();
         let file_name = source.file_name().unwrap_or_default().to_string_lossy();
         let mut build = cc::Build::new();
+        // cc reads nvcc's path from the environment, which a program cannot change safely for itself.
         build
             .cuda(true)
-            .env("NVCC", &nvcc.path)
+            .set_envs_snapshot(env::vars_os().chain([("NVCC".into(), nvcc.path.clone().into())]))
             .cargo_metadata(false)
             .out_dir(out)
             .opt_level(3)

@@ -1,5 +1,5 @@
 //! `cargo xtask toolchain`: brings nvcc, libclang and clang-format from PyPI into target/toolchain, where they are missing.
-//! The folder holds nothing else and can be deleted at any time.
+//! That folder can be deleted at any time.
 
 #[path = "../../../build/locate.rs"]
 mod locate;
@@ -16,6 +16,9 @@ pub(crate) use locate::Nvcc;
 /// What is brought. Pinned: the same tools on every machine, and clang-format's opinion changes between versions.
 const PACKAGES: &[&str] =
     &["cuda-toolkit[nvcc,cccl,cudart,crt,nvvm]==13.0.2", "libclang==18.1.1", "clang-format==23.1.5"];
+
+/// What of it is kept: the folders that the packages make.
+const PARTS: &[&str] = &["nvidia", "clang", "clang_format"];
 
 /// The command.
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
@@ -58,20 +61,20 @@ fn libclang() -> Option<PathBuf> {
     named.or_else(|| Some(locate::toolchain_libclang(&process::toolchain())).filter(|path| path.is_file()))
 }
 
-/// Installs everything into a folder beside the final one and renames it: what is there is whole.
+/// Installs everything into a folder beside the final one and renames its parts: what is there is whole.
 fn bring(toolchain: &Path) -> Result<(), Failure> {
     let fresh = toolchain.with_extension(format!("new-{}", std::process::id()));
-    let failed = |what: &str, error: &std::io::Error| Failure::Failed(format!("cannot {what}: {error}"));
+    let failed = |error: std::io::Error| Failure::Failed(format!("cannot fill {}: {error}", toolchain.display()));
     let _ = fs::remove_dir_all(&fresh);
-    fs::create_dir_all(&fresh).map_err(|error| failed("make the toolchain's folder", &error))?;
-    let result = install(&fresh).and_then(|()| {
-        // Two commands may do this at once: whoever comes second keeps the first one's.
-        let _ = fs::remove_dir_all(toolchain);
-        fs::rename(&fresh, toolchain).map_err(|error| failed("put the toolchain in place", &error))
+    let result = fs::create_dir_all(&fresh).and_then(|()| fs::create_dir_all(toolchain)).map_err(failed);
+    let result = result.and_then(|()| install(&fresh)).and_then(|()| {
+        for part in PARTS {
+            let _ = fs::remove_dir_all(toolchain.join(part));
+            fs::rename(fresh.join(part), toolchain.join(part)).map_err(failed)?;
+        }
+        Ok(())
     });
-    if result.is_err() {
-        let _ = fs::remove_dir_all(&fresh);
-    }
+    let _ = fs::remove_dir_all(&fresh);
     result
 }
 
