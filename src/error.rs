@@ -55,6 +55,48 @@ pub enum Error {
         /// What was given.
         got: i64,
     },
+    /// There is no GPU that can be used: no driver, no device of that number, or one that is too old.
+    #[error("no usable CUDA GPU: {reason}")]
+    NoGpu {
+        /// What is missing, in words.
+        reason: String,
+    },
+    /// A tensor belongs to another GPU or stream than the operation runs on.
+    #[error("{operation}: {argument} was made on another {place} than the operation runs on")]
+    Place {
+        /// The operation, by its name in the API.
+        operation: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// "GPU" or "stream".
+        place: &'static str,
+    },
+    /// The GPU's memory does not suffice.
+    #[error("{operation}: the GPU has {free} bytes of free memory, but {asked} are needed")]
+    OutOfMemory {
+        /// The operation, by its name in the API.
+        operation: &'static str,
+        /// Bytes asked for.
+        asked: usize,
+        /// Bytes that were free then.
+        free: usize,
+    },
+    /// The launch of a kernel failed, or its launcher refused the arguments.
+    #[error("{operation}: the kernel was not launched: {reason}")]
+    Launch {
+        /// The operation, by its name in the API.
+        operation: &'static str,
+        /// What the launcher says.
+        reason: String,
+    },
+    /// The CUDA driver reports an error, maybe of an earlier launch.
+    #[error("{operation}: the CUDA driver reports {reason}")]
+    Driver {
+        /// The operation during which it was met.
+        operation: &'static str,
+        /// What the driver says.
+        reason: String,
+    },
 }
 
 /// The result of an operation.

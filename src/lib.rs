@@ -1,5 +1,7 @@
 //! Mixture-of-experts transformer operations: CUDA kernels in safe Rust, and the CPU reference that specifies them.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtype;
 mod error;
 pub mod reference;

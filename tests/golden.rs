@@ -1,85 +1,14 @@
 //! The reference against MoE layers that PyTorch computed in float64 (`tests/golden/generate_layer.py`).
 
-use std::{fs, path::Path};
+#[path = "common/layers.rs"]
+mod layers;
 
 use anabranch::{
-    Adaptive, Capacity, Dtype, GroupLimit, GroupScore, Renormalize, Routing, Score,
+    Dtype,
     reference::{Activation, Expert, Linear, Matrix, MoeLayer},
 };
+use layers::{Golden, floats};
 use safetensors::SafeTensors;
-use serde_json::Value;
-
-/// One file of tests/golden/layers.
-struct Golden {
-    bytes: Vec<u8>,
-    case: Value,
-}
-
-impl Golden {
-    fn open(name: &str) -> Self {
-        let path =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/layers").join(name).with_extension("safetensors");
-        let bytes = fs::read(path).unwrap();
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
-        let case = serde_json::from_str(&metadata.metadata().as_ref().unwrap()["case"]).unwrap();
-        Self { bytes, case }
-    }
-
-    fn tensors(&self) -> SafeTensors<'_> {
-        SafeTensors::deserialize(&self.bytes).unwrap()
-    }
-
-    fn size(&self, key: &str) -> usize {
-        self.case[key].as_u64().unwrap() as usize
-    }
-
-    fn routing(&self) -> Routing {
-        let case = &self.case;
-        let text = |key: &str| case[key].as_str();
-        let mut routing = Routing::builder(self.size("E"), self.size("K")).score(match text("score").unwrap() {
-            "softmax" => Score::Softmax,
-            "sigmoid" => Score::Sigmoid,
-            "topk_softmax" => Score::TopkSoftmax,
-            other => panic!("unknown score {other}"),
-        });
-        if case["norm"].as_bool() == Some(true) {
-            routing = routing.renormalize(Renormalize::Sum);
-        }
-        if let Some(scale) = case["scale"].as_f64() {
-            routing = routing.scale(scale as f32);
-        }
-        if case["n_group"].is_u64() {
-            let score = if text("group_score") == Some("top2") { GroupScore::Top2Sum } else { GroupScore::Max };
-            let (n_group, topk_group) = (self.size("n_group"), self.size("topk_group"));
-            routing = routing.group_limit(GroupLimit { n_group, topk_group, score });
-        }
-        if let Some(factor) = case["capacity_factor"].as_f64() {
-            routing = routing.capacity(Capacity::Factor(factor));
-        }
-        routing = match text("adaptive") {
-            Some("given") => routing.adaptive(Adaptive::Complexity),
-            Some("entropy") => routing.adaptive(Adaptive::Entropy),
-            _ => routing,
-        };
-        routing.build().unwrap()
-    }
-}
-
-/// `count` values of a tensor, whatever its shape and stored type.
-fn floats(tensors: &SafeTensors<'_>, name: &str) -> Option<Vec<f32>> {
-    let tensor = tensors.tensor(name).ok()?;
-    let dtype = match tensor.dtype() {
-        safetensors::Dtype::BF16 => Dtype::Bf16,
-        safetensors::Dtype::F32 => Dtype::F32,
-        safetensors::Dtype::F64 => {
-            let (values, _) = tensor.data().as_chunks();
-            return Some(values.iter().map(|bytes| f64::from_le_bytes(*bytes) as f32).collect());
-        }
-        other => panic!("{name} is {other:?}"),
-    };
-    let count = tensor.shape().iter().product();
-    Some(Matrix::new(dtype, 1, count, tensor.data()).unwrap().to_vec())
-}
 
 /// The `index`-th matrix of a stack `[E, rows, columns]` of bfloat16.
 fn stacked<'a>(tensors: &SafeTensors<'a>, name: &str, index: usize) -> Matrix<'a> {
@@ -150,13 +79,9 @@ macro_rules! layers {
         /// A file that no test reads would be a hole.
         #[test]
         fn every_file_is_checked() {
-            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/layers");
-            let mut found: Vec<_> = fs::read_dir(folder).unwrap()
-                .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned()).collect();
-            found.sort();
             let mut checked = [$(stringify!($name)),*];
             checked.sort_unstable();
-            assert_eq!(found, checked);
+            assert_eq!(layers::names(), checked);
         }
     };
 }

@@ -3,7 +3,9 @@
 mod demo;
 mod deny;
 mod process;
+mod stage;
 mod test;
+mod toolchain;
 
 use std::{env, process::ExitCode};
 
@@ -30,10 +32,22 @@ const COMMANDS: &[Command] = &[
         run: demo::run,
     },
     Command {
+        name: "stage",
+        arguments: "[DIR]",
+        summary: "gather GPU tests, benches and the tool in a folder for a GPU host without Rust or nvcc",
+        run: stage::run,
+    },
+    Command {
         name: "test",
         arguments: "[STEP ...]",
         summary: "everything that this machine can check, or only the named steps",
         run: test::run,
+    },
+    Command {
+        name: "toolchain",
+        arguments: "",
+        summary: "bring nvcc, libclang and clang-format into target/toolchain where they are missing",
+        run: toolchain::run,
     },
 ];
 

@@ -14,9 +14,14 @@ pub(crate) fn root() -> PathBuf {
     manifest.ancestors().nth(2).unwrap_or(manifest).to_path_buf()
 }
 
+/// Where cargo puts what it builds.
+pub(crate) fn target() -> PathBuf {
+    root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| OsString::from("target")))
+}
+
 /// Where tools that a fresh machine lacks are put.
 pub(crate) fn toolchain() -> PathBuf {
-    root().join("target").join("toolchain")
+    target().join("toolchain")
 }
 
 /// The cargo that runs this command, called in the repository's root.

@@ -43,6 +43,8 @@ fn group_score<T: Real>(score: GroupScore, group: &[T]) -> T {
     }
     match score {
         GroupScore::Max => best[0],
+        // Infinities of both signs have no sum: such a group ranks last, as a NaN does among experts.
+        GroupScore::Top2Sum if (best[0] + best[1]).is_nan() => T::NEG_INFINITY,
         GroupScore::Top2Sum => best[0] + best[1],
     }
 }

@@ -1,0 +1,12 @@
+//! The operations on a GPU, at the shapes of named models. One binary, because each carries every kernel; a module an
+//! operation.
+//!
+//! Each point is a CUDA graph of launches over rotating buffers, which together are larger than the second-level cache where
+//! the operation's own data allows, timed by CUDA events and divided by their number: the time that a launch takes within a
+//! model's step, its gap to the next one included.
+
+mod router;
+mod timing;
+
+criterion::criterion_group!(benches, router::bench);
+criterion::criterion_main!(benches);

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Runs what `cargo xtask stage` gathered, on a machine with an NVIDIA GPU. docs/gpu-testing.md says more.
+#
+#   run.sh test | sanitize | bench | demo | all
+#
+# ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
+# ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
+# ANABRANCH_CASES        cases of each property: 512 in test, 12 in sanitize
+# RESULTS                where logs and criterion's results go (default: ./results)
+set -uo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export ANABRANCH_GOLDEN=${ANABRANCH_GOLDEN:-$here/golden}
+export ANABRANCH_REQUIRE_GPU=${ANABRANCH_REQUIRE_GPU:-1}
+export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
+results=${RESULTS:-$PWD/results}
+mkdir -p "$results" || exit 1
+results=$(cd "$results" && pwd)
+
+# What libtest reported in a log: "N passed, N failed". A log without a report is one failure.
+summary() {
+  awk '/^test result:/ { seen = 1; for (i = 1; i <= NF; i++) { if ($i == "passed;") p += $(i - 1); if ($i == "failed;") f += $(i - 1) } }
+       END { if (!seen) f = 1; printf "%d passed, %d failed\n", p, f }' "$1"
+}
+
+describe() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi here"
+  date -u '+%Y-%m-%d %H:%M UTC'
+}
+
+run_test() {
+  describe | tee "$results/test.log"
+  "$here/gpu-tests" --include-ignored --test-threads 1 "$@" 2>&1 | tee -a "$results/test.log"
+  local status=${PIPESTATUS[0]}
+  summary "$results/test.log"
+  return "$status"
+}
+
+run_sanitize() {
+  local sanitizer
+  sanitizer=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer) || {
+    echo "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin: install CUDA's sanitizer package"
+    echo "0 passed, 1 failed"
+    return 1
+  }
+  local passed=0 failed=0 tool
+  export ANABRANCH_CASES=${ANABRANCH_CASES:-12}
+  for tool in memcheck racecheck synccheck initcheck; do
+    local log=$results/$tool.log
+    # A million tokens under instrumentation take minutes and show nothing that a thousand do not.
+    if "$sanitizer" --tool "$tool" --error-exitcode 99 --print-limit 20 \
+      "$here/gpu-tests" --include-ignored --test-threads 1 --skip a_million "$@" >"$log" 2>&1; then
+      passed=$((passed + 1))
+      echo "$tool: $(summary "$log"); $(grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$log" | tail -n 1)"
+    else
+      failed=$((failed + 1))
+      echo "$tool FAILED; the end of $log:"
+      tail -n 40 "$log"
+    fi
+  done
+  echo "$passed passed, $failed failed"
+  [ "$failed" -eq 0 ]
+}
+
+run_bench() {
+  describe | tee "$results/bench.log"
+  CRITERION_HOME=$results/criterion "$here/gpu-benches" --bench "$@" 2>&1 | tee -a "$results/bench.log"
+  local status=${PIPESTATUS[0]}
+  # One line a point: name, median time, bytes a second. What criterion says of a change since the last run is left out.
+  awk 'function median(  parts) { match($0, /\[.*\]/); split(substr($0, RSTART + 1, RLENGTH - 2), parts, " "); return parts[3] " " parts[4] }
+       /^Benchmarking/ { next }
+       /change:/ { change = 2 }
+       /(time|thrpt): / && change > 0 { change--; next }
+       /time: / { name = $1 == "time:" ? last : $1; time = median() }
+       /thrpt: / { printf "%-28s %12s %16s\n", name, time, median() }
+       { last = $1 }' "$results/bench.log" | tee "$results/bench.txt"
+  [ "$status" -eq 0 ] && [ -s "$results/bench.txt" ]
+}
+
+run_demo() {
+  describe
+  if "$here/anabranch" doctor && "$here/anabranch" generate --model "$ANABRANCH_GOLDEN/models/qwen3-moe" \
+    --prompt "The river" --max-new-tokens 16; then
+    echo "1 passed, 0 failed"
+  else
+    echo "0 passed, 1 failed"
+    return 1
+  fi
+}
+
+case ${1:-} in
+  test | sanitize | bench | demo)
+    command=$1
+    shift
+    "run_$command" "$@"
+    ;;
+  all)
+    worst=0
+    for command in test sanitize bench demo; do
+      echo "== $command"
+      "run_$command" || worst=1
+    done
+    exit "$worst"
+    ;;
+  *)
+    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+    ;;
+esac

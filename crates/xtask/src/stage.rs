@@ -1,0 +1,155 @@
+//! `cargo xtask stage [DIR]`: GPU tests, benches and the command-line tool with kernels, and the data they need, in a folder
+//! that runs on a GPU host which has neither Rust nor nvcc nor the sources.
+
+use crate::{
+    Failure,
+    process::{cargo, root, target},
+    toolchain,
+};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+/// The folder's size limit: it travels to other machines.
+const MOST_BYTES: u64 = 30 << 20;
+
+/// Programs to gather, as (cargo's arguments, target's kind and name in cargo's messages, name in the folder).
+const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
+    (&["test", "--no-run", "--package", "anabranch", "--test", "gpu"], "test", "gpu", "gpu-tests"),
+    (&["bench", "--no-run", "--package", "anabranch", "--bench", "gpu"], "bench", "gpu", "gpu-benches"),
+    (&["build", "--package", "anabranch-cli"], "bin", "anabranch", "anabranch"),
+];
+
+/// What goes along: path below the root, and path in the folder.
+const DATA: &[(&str, &str)] =
+    &[("tests/golden/layers", "golden/layers"), ("tests/golden/models/qwen3-moe", "golden/models/qwen3-moe")];
+
+const RUN: &str = include_str!("run.sh");
+
+/// The command.
+pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
+    let folder = match arguments {
+        [] => target().join("stage"),
+        [folder] => std::env::current_dir().unwrap_or_else(|_| root()).join(folder),
+        _ => return Err(Failure::Usage("`stage` takes one folder at most".to_owned())),
+    };
+    toolchain::ensure()?;
+    prepare(&folder)?;
+    for (arguments, kind, name, staged) in PROGRAMS {
+        let program = build(arguments, kind, name)?;
+        copy(&program, &folder.join(staged))?;
+    }
+    for (from, to) in DATA {
+        copy(&root().join(from), &folder.join(to))?;
+    }
+    let script = folder.join("run.sh");
+    fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
+    executable(&script)?;
+
+    let bytes = size(&folder).map_err(|error| cannot("measure", &folder, &error))?;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    println!("{}: {:.1} MiB; on the GPU host: {0}/run.sh all", folder.display(), mib(bytes));
+    if bytes > MOST_BYTES {
+        return Err(Failure::Failed(format!("the folder has {:.1} MiB, more than {:.0}", mib(bytes), mib(MOST_BYTES))));
+    }
+    Ok(())
+}
+
+/// An empty folder. One that holds anything but an earlier stage is left alone.
+fn prepare(folder: &Path) -> Result<(), Failure> {
+    let occupied = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
+    if occupied && !folder.join("run.sh").is_file() {
+        return Err(Failure::Failed(format!("{} is not empty and was not made by `stage`", folder.display())));
+    }
+    if occupied {
+        fs::remove_dir_all(folder).map_err(|error| cannot("empty", folder, &error))?;
+    }
+    fs::create_dir_all(folder).map_err(|error| cannot("make", folder, &error))
+}
+
+/// Builds a program in release, stripped, and returns where it is, from cargo's messages.
+fn build(arguments: &[&str], kind: &str, name: &str) -> Result<PathBuf, Failure> {
+    eprintln!("$ cargo {} --release --features cuda", arguments.join(" "));
+    let mut command = cargo([]);
+    // `bench` is a release build already, and knows no such flag.
+    let release: &[&str] = if arguments[0] == "bench" { &[] } else { &["--release"] };
+    command.args(arguments).args(release).args(["--features", "cuda", "--message-format", "json-render-diagnostics"]);
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|error| Failure::Failed(format!("cannot start cargo: {error}")))?;
+    if !output.status.success() {
+        return Err(Failure::Failed(format!("`cargo {}` ended with {}", arguments.join(" "), output.status)));
+    }
+    let messages = String::from_utf8_lossy(&output.stdout);
+    executable_of(&messages, kind, name)
+        .ok_or_else(|| Failure::Failed(format!("cargo built no {kind} named {name}, or its messages have changed")))
+}
+
+/// The path in the message of a target. cargo writes one JSON object a line, without spaces; a full reader is not needed for
+/// two fixed fields and a path.
+fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
+    let target = format!("\"kind\":[\"{kind}\"],");
+    let named = format!("\"name\":\"{name}\",");
+    messages.lines().filter(|line| line.contains(&target) && line.contains(&named)).find_map(|line| {
+        let (_, rest) = line.split_once("\"executable\":\"")?;
+        let (path, _) = rest.split_once('"')?;
+        Some(PathBuf::from(path.replace("\\\\", "\\")))
+    })
+}
+
+/// Copies a file, or a folder with all it holds.
+fn copy(from: &Path, to: &Path) -> Result<(), Failure> {
+    if !from.is_dir() {
+        if let Some(folder) = to.parent() {
+            fs::create_dir_all(folder).map_err(|error| cannot("make", folder, &error))?;
+        }
+        return fs::copy(from, to).map(drop).map_err(|error| cannot("copy", from, &error));
+    }
+    for entry in fs::read_dir(from).map_err(|error| cannot("read", from, &error))? {
+        let entry = entry.map_err(|error| cannot("read", from, &error))?;
+        copy(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+fn size(path: &Path) -> io::Result<u64> {
+    if !path.is_dir() {
+        return Ok(fs::metadata(path)?.len());
+    }
+    fs::read_dir(path)?.map(|entry| size(&entry?.path())).sum()
+}
+
+#[cfg(unix)]
+fn executable(script: &Path) -> Result<(), Failure> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(script, fs::Permissions::from_mode(0o755)).map_err(|error| cannot("mark", script, &error))
+}
+
+#[cfg(not(unix))]
+fn executable(_: &Path) -> Result<(), Failure> {
+    Ok(())
+}
+
+fn cannot(what: &str, path: &Path, error: &io::Error) -> Failure {
+    Failure::Failed(format!("cannot {what} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::executable_of;
+    use std::path::PathBuf;
+
+    #[test]
+    fn the_executable_is_found_among_messages() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"gpu","x":1},"executable":null}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"gpu","x":1},"executable":"/a/gpu-1"}"#,
+        );
+        assert_eq!(executable_of(messages, "test", "gpu"), Some(PathBuf::from("/a/gpu-1")));
+        assert_eq!(executable_of(messages, "bench", "gpu"), None);
+    }
+}

@@ -1,0 +1,95 @@
+// The router's kernel: one warp a token, from logits to ids, weights and counts.
+#pragma once
+
+#include "router/args.cuh"
+#include "router/groups.cuh"
+#include "router/scores.cuh"
+#include "router/select.cuh"
+
+namespace anabranch::router {
+
+// The weight of this lane's expert; 0 in lanes that chose none.
+__device__ __forceinline__ float weigh(const Args& args, bool chosen, float logit, const Softmax& softmax,
+                                       bool poisoned) {
+  float weight = 0.0f;
+  if (args.score == ANABRANCH_SCORE_TOPK_SOFTMAX) {
+    const float max = warp_max(logit);
+    weight = chosen ? expf(logit - max) : 0.0f;
+    weight /= warp_sum(weight);
+  } else {
+    if (chosen) {
+      weight = args.score == ANABRANCH_SCORE_SIGMOID ? sigmoid(logit) : expf(logit - softmax.max) / softmax.sum;
+    }
+    if (args.renormalize) weight /= warp_sum(weight) + 1e-20f;
+  }
+  return poisoned ? NAN : weight * args.scale;
+}
+
+template <int kValues>
+__global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlocksPerSm)
+    route_tokens(const __grid_constant__ Args args) {
+  using Shape = Tile<kValues>;
+  extern __shared__ __align__(16) uint32_t shared[];
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t warp = threadIdx.x / kWarpSize;
+  const bool group_scores = args.groups.count > 1 && args.groups.lanes == 0;
+  uint32_t* counts = shared;
+  float* row = reinterpret_cast<float*>(shared + Shape::kRow + warp * warp_words<kValues>(group_scores));
+  uint16_t* candidates = reinterpret_cast<uint16_t*>(row + Shape::kRow);
+  float* group_score = row + Shape::kRow + 16;
+
+  for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) counts[expert] = 0;
+  __syncthreads();
+
+  const uint32_t first = lane * kValues;
+  for (uint32_t token = blockIdx.x * Shape::kWarps + warp; token < args.num_tokens;
+       token += gridDim.x * Shape::kWarps) {
+    const float* logits = args.logits + static_cast<uint64_t>(token) * args.num_experts;
+    float value[kValues];
+    load_row(value, logits, first, args.num_experts, args.wide_loads);
+    bool poisoned = false;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) poisoned |= isnan(value[i]);
+    poisoned = __any_sync(kFullWarp, poisoned);
+
+    const uint32_t used = used_slots(args, value, token);
+    Softmax softmax = {0.0f, 1.0f};
+    if (args.score == ANABRANCH_SCORE_SOFTMAX) softmax = softmax_of(value);
+    selection_scores(args, value, first, softmax);
+
+    if (group_scores) {
+      store_row(row, value, first);
+      __syncwarp();
+      limit_any(args.groups, value, lane, row, group_score);
+    } else if (args.groups.count > 1) {
+      limit_aligned(args.groups, value, lane);
+    }
+    if constexpr (kValues > 1) {
+      store_row(row, value, first);
+      __syncwarp();
+    }
+    const Choice choice = choose(value, lane, args.topk, row, candidates);
+    __syncwarp();
+
+    const bool chosen = choice.rank < used;
+    const float logit = chosen ? __ldg(logits + choice.expert) : -INFINITY;
+    const float weight = weigh(args, chosen, logit, softmax, poisoned);
+    if (choice.rank < args.topk) {
+      const uint64_t at = static_cast<uint64_t>(token) * args.topk + choice.rank;
+      args.ids[at] = chosen ? static_cast<int32_t>(choice.expert) : -1;
+      args.weights[at] = chosen ? weight : 0.0f;
+    }
+    if (chosen) atomicAdd(counts + choice.expert, 1u);
+  }
+
+  __syncthreads();
+  for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) {
+    if (gridDim.x == 1) {
+      args.counts[expert] = counts[expert];
+    } else if (counts[expert] != 0) {
+      atomicAdd(args.counts + expert, counts[expert]);
+    }
+  }
+}
+
+}  // namespace anabranch::router

@@ -1,0 +1,10 @@
+//! The operations on a GPU against the reference. One binary, because each carries every kernel; a module an operation.
+//!
+//! `cargo test --features cuda --test gpu -- --ignored`, or `cargo xtask stage` for a machine without the sources.
+//! `ANABRANCH_CASES` is the number of cases of each property (512), `ANABRANCH_GOLDEN` the folder of golden data,
+//! and `ANABRANCH_REQUIRE_GPU=1` makes a missing GPU a failure.
+
+#[path = "../common/layers.rs"]
+mod layers;
+mod router;
+mod support;
