@@ -46,11 +46,13 @@ struct Tile {
   static constexpr uint32_t kRow = 32 * kValues;
 };
 
-// Words of dynamic shared memory: the block's counts, then for each warp a row of selection scores, the candidates' ids
-// (16 bits each) and, where groups and lanes do not line up, the groups' scores.
+// Words of dynamic shared memory: the block's counts, then for each warp a row of selection scores, what the choice needs
+// (112 words) and, where groups and lanes do not line up, the groups' scores.
+constexpr uint32_t kScratchWords = 112;
+
 template <int kValues>
 __host__ __device__ constexpr uint32_t warp_words(bool group_scores) {
-  return Tile<kValues>::kRow + 16 + (group_scores ? Tile<kValues>::kRow : 0);
+  return Tile<kValues>::kRow + kScratchWords + (group_scores ? Tile<kValues>::kRow : 0);
 }
 
 template <int kValues>

@@ -1,6 +1,7 @@
 // The router's kernel: one warp a token, from logits to ids, weights and counts.
 #pragma once
 
+#include "ptx/prefetch.cuh"
 #include "router/args.cuh"
 #include "router/groups.cuh"
 #include "router/scores.cuh"
@@ -35,18 +36,22 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlock
   const bool group_scores = args.groups.count > 1 && args.groups.lanes == 0;
   uint32_t* counts = shared;
   float* row = reinterpret_cast<float*>(shared + Shape::kRow + warp * warp_words<kValues>(group_scores));
-  uint16_t* candidates = reinterpret_cast<uint16_t*>(row + Shape::kRow);
-  float* group_score = row + Shape::kRow + 16;
+  Scratch* scratch = reinterpret_cast<Scratch*>(row + Shape::kRow);
+  float* group_score = row + Shape::kRow + kScratchWords;
 
   for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) counts[expert] = 0;
   __syncthreads();
 
   const uint32_t first = lane * kValues;
-  for (uint32_t token = blockIdx.x * Shape::kWarps + warp; token < args.num_tokens;
-       token += gridDim.x * Shape::kWarps) {
+  const uint32_t stride = gridDim.x * Shape::kWarps;
+  for (uint32_t token = blockIdx.x * Shape::kWarps + warp; token < args.num_tokens; token += stride) {
     const float* logits = args.logits + static_cast<uint64_t>(token) * args.num_experts;
     float value[kValues];
     load_row(value, logits, first, args.num_experts, args.wide_loads);
+    // The warp's next row comes into the cache while this one is worked on.
+    if (token + stride < args.num_tokens && first < args.num_experts) {
+      ptx::prefetch_l2(logits + static_cast<uint64_t>(stride) * args.num_experts + first);
+    }
     bool poisoned = false;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) poisoned |= isnan(value[i]);
@@ -68,7 +73,7 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlock
       store_row(row, value, first);
       __syncwarp();
     }
-    const Choice choice = choose(value, lane, args.topk, row, candidates);
+    const Choice choice = choose(value, lane, args, row, scratch);
     __syncwarp();
 
     const bool chosen = choice.rank < used;

@@ -1,10 +1,10 @@
 // Top-k of a row that a warp holds, ties to the lower expert.
 //
-// Lane l holds experts l * kValues and following, so the order of lanes, then of values, is the order of experts. A
-// top-k that finds one maximum after another would scan all values K times. Instead:
+// A top-k that finds one maximum after another is a chain of 2 K reductions, each waiting for the last. Instead, places
+// are found by counting, in comparisons that do not wait for each other:
 //   1. the K-th largest of the lanes' maxima is a bound: K values reach it, so every one of the top K does;
-//   2. the values that reach it, about K + K^2/64 of random ones, move to one lane each, in expert order;
-//   3. K rounds among those lanes rank them.
+//   2. the values that reach it, about K + K^2/64 of random ones, move to one lane each;
+//   3. a candidate's place is the number of candidates before it.
 // Where more than 32 values reach the bound (many ties, or K near 32), one maximum after another is found after all.
 #pragma once
 
@@ -21,31 +21,49 @@ struct Choice {
   uint32_t rank;
 };
 
-// The place of each lane's key among the `topk` largest; equal keys rank by lane. At least `topk` keys are not 0.
-__device__ __forceinline__ uint32_t rank_lanes(uint32_t key, uint32_t lane, uint32_t topk) {
-  uint32_t rank = kUnranked;
-  const uint32_t bit = 1u << lane;
-  for (uint32_t round = 0; round < topk; ++round) {
-    const uint32_t best = __reduce_max_sync(kFullWarp, key);
-    const uint32_t winners = __ballot_sync(kFullWarp, key == best);
-    if ((winners & (0u - winners)) == bit) {
-      rank = round;
-      key = 0;
-    }
-  }
-  return rank;
+// A warp's shared memory for the choice.
+struct alignas(16) Scratch {
+  float head[kWarpSize];        // the lanes' maxima
+  uint64_t key[kWarpSize];      // the candidates, larger ones before smaller ones
+  uint16_t expert[kWarpSize];  // the candidates' ids
+};
+static_assert(sizeof(Scratch) == 4 * kScratchWords);
+
+// Orders candidates: larger values first, then lower experts. No key is 0.
+__device__ __forceinline__ uint64_t candidate_key(float value, uint32_t expert) {
+  return static_cast<uint64_t>(ordered_key(value)) << 32 | (0xffffffffu - expert);
 }
 
-// The `topk`-th largest of the lanes' keys, none of which is 0.
-__device__ __forceinline__ uint32_t nth_largest(uint32_t key, uint32_t topk) {
-  uint32_t largest;
-  uint32_t reached = 0;
-  do {
-    largest = __reduce_max_sync(kFullWarp, key);
-    reached += __popc(__ballot_sync(kFullWarp, key == largest));
-    if (key == largest) key = 0;
-  } while (reached < topk);
-  return largest;
+// The `topk`-th largest of the lanes' values: the least that fewer than `topk` lanes exceed.
+__device__ __forceinline__ float nth_largest(float value, uint32_t lane, uint32_t topk, float* shared) {
+  shared[lane] = value;
+  __syncwarp();
+  uint32_t larger = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kWarpSize; i += 4) {
+    const float4 other = *reinterpret_cast<const float4*>(shared + i);
+    larger += other.x > value;
+    larger += other.y > value;
+    larger += other.z > value;
+    larger += other.w > value;
+  }
+  return from_ordered_key(__reduce_min_sync(kFullWarp, larger < topk ? ordered_key(value) : 0xffffffffu));
+}
+
+// The number of the first `total` keys before this lane's; kUnranked in lanes that hold no candidate.
+__device__ __forceinline__ uint32_t rank_candidates(uint64_t key, uint32_t lane, uint32_t total, uint64_t* shared) {
+  shared[lane] = lane < total ? key : 0;
+  __syncwarp();
+  uint32_t rank = 0;
+  for (uint32_t i = 0; i < total; i += 4) {  // 0 past the last: before no one
+    const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(shared + i);
+    const ulonglong2 more = *reinterpret_cast<const ulonglong2*>(shared + i + 2);
+    rank += two.x > key;
+    rank += two.y > key;
+    rank += more.x > key;
+    rank += more.y > key;
+  }
+  return lane < total ? rank : kUnranked;
 }
 
 // One maximum after another: lane r gets the expert of rank r.
@@ -69,30 +87,36 @@ __device__ __noinline__ Choice choose_in_turn(const float* row, uint32_t lane, u
   return choice;
 }
 
-// `row` (holding all values once more) and `candidates` are this warp's shared memory. The caller separates tokens by a
+// `row`, holding all values once more, and `scratch` are this warp's shared memory. The caller separates tokens by a
 // __syncwarp().
 template <int kValues>
-__device__ __forceinline__ Choice choose(const float (&value)[kValues], uint32_t lane, uint32_t topk, const float* row,
-                                         uint16_t* candidates) {
-  if constexpr (kValues == 1) return {lane, rank_lanes(ordered_key(value[0]), lane, topk)};
+__device__ __forceinline__ Choice choose(const float (&value)[kValues], uint32_t lane, const Args& args,
+                                         const float* row, Scratch* scratch) {
+  if constexpr (kValues == 1) {
+    return {lane, rank_candidates(candidate_key(value[0], lane), lane, args.num_experts, scratch->key)};
+  }
   float head = value[0];
 #pragma unroll
   for (int i = 1; i < kValues; ++i) head = fmaxf(head, value[i]);
-  const float bound = from_ordered_key(nth_largest(ordered_key(head), topk));
+  const float bound = nth_largest(head, lane, args.topk, scratch->head);
   uint32_t reaching = 0;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) reaching |= static_cast<uint32_t>(value[i] >= bound) << i;
-  const uint32_t count = __popc(reaching);
-  const uint32_t through = warp_inclusive_sum(count, lane);
-  const uint32_t total = __shfl_sync(kFullWarp, through, kWarpSize - 1);
-  if (total > kWarpSize) return choose_in_turn<kValues>(row, lane, topk);
-  for (uint16_t* to = candidates + through - count; reaching != 0; reaching &= reaching - 1, ++to) {
-    *to = static_cast<uint16_t>(lane * kValues + __ffs(static_cast<int>(reaching)) - 1);
+  // Each round moves one value of every lane that has any left.
+  uint32_t total = 0;
+  const uint32_t before = (1u << lane) - 1;
+  while (const uint32_t holders = __ballot_sync(kFullWarp, reaching != 0)) {
+    const uint32_t to = total + __popc(holders & before);
+    if (reaching != 0 && to < kWarpSize) {
+      scratch->expert[to] = static_cast<uint16_t>(lane * kValues + __ffs(static_cast<int>(reaching)) - 1);
+    }
+    reaching &= reaching - 1;
+    total += __popc(holders);
   }
+  if (total > kWarpSize) return choose_in_turn<kValues>(row, lane, args.topk);
   __syncwarp();
-  const bool candidate = lane < total;
-  const uint32_t expert = candidate ? candidates[lane] : 0;
-  return {expert, rank_lanes(candidate ? ordered_key(row[expert]) : 0, lane, topk)};
+  const uint32_t expert = lane < total ? scratch->expert[lane] : 0;
+  return {expert, rank_candidates(candidate_key(row[expert], expert), lane, total, scratch->key)};
 }
 
 }  // namespace anabranch::router
