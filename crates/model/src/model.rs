@@ -48,7 +48,7 @@ impl<B: Backend> Model<B> {
         let (vocab, d) = (config.vocab_size, config.hidden_size);
         let embedding = backend.load_table(&weights.matrix("model.embed_tokens.weight", [vocab, d])?)?;
         let norm = backend.load_norm(weights.vector("model.norm.weight", d)?)?;
-        let head = if config.tie_word_embeddings {
+        let head = if config.tie_word_embeddings && !weights.untied_head()? {
             None
         } else {
             Some(backend.load_table(&weights.matrix("lm_head.weight", [vocab, d])?)?)

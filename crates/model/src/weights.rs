@@ -133,6 +133,16 @@ impl Weights<'_> {
         Ok(linear)
     }
 
+    /// Whether the checkpoint holds an LM head that is not its embedding table. Where `tie_word_embeddings` is true all
+    /// the same, as after fine-tuning, Transformers 5 takes the head that is stored.
+    pub(crate) fn untied_head(&self) -> Result<bool> {
+        let name = "lm_head.weight";
+        if !self.checkpoint.contains(name) {
+            return Ok(false);
+        }
+        Ok(self.checkpoint.get(name)?.bytes() != self.checkpoint.get("model.embed_tokens.weight")?.bytes())
+    }
+
     /// The attention of layer `layer`.
     pub(crate) fn attention(&self, layer: usize) -> Result<AttentionWeights> {
         let d = self.config.hidden_size;

@@ -137,6 +137,8 @@ fn both_styles_of_a_file_mean_the_same() {
         map.insert(new.to_owned(), value);
     }
     assert_eq!(read(&newer).unwrap(), read(&published).unwrap());
+    newer["rope_scaling"] = json!({});
+    assert_eq!(read(&newer).unwrap(), read(&published).unwrap());
 }
 
 #[test]
@@ -149,6 +151,8 @@ fn rope_scalings_are_read() {
         scaling(llama3),
         RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192 }
     );
+    // Nothing within the context that the model was made for, which no sequence leaves.
+    assert_eq!(scaling(json!({"type": "dynamic", "factor": 4.0})), RopeScaling::None);
     let yarn = scaling(json!({"rope_type": "yarn", "factor": 4.0}));
     let RopeScaling::Yarn { original_context, beta_fast, attention_factor, truncate, .. } = yarn else {
         panic!("{yarn:?}")
@@ -173,8 +177,11 @@ fn moe_layers_come_at_their_intervals() {
         ("mlp_only_layers", Some(json!([3]))),
     ];
     assert_eq!(kinds(read(&changed("qwen3-moe", &qwen)).unwrap()), [0, 1, 0, 0, 0, 1]);
-    let dense = read(&changed("deepseek-v1", &[("first_k_dense_replace", Some(json!(3)))])).unwrap();
-    assert_eq!(dense.moe, None);
+    for first in [3, 61] {
+        let dense = read(&changed("deepseek-v1", &[("first_k_dense_replace", Some(json!(first)))])).unwrap();
+        assert_eq!(dense.moe, None);
+    }
+    assert_eq!(deepseek(7), [0; 6]);
 }
 
 #[test]

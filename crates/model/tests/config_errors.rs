@@ -159,6 +159,7 @@ fn rotary_embeddings_that_do_not_work() {
         ("llama", "rope_theta", json!("10000"), "rope_theta must be a number"),
         ("llama", "rope_scaling", json!({"type": "longrope"}), r#""llama3" or "yarn", got "longrope""#),
         ("llama", "rope_scaling", json!({"type": "linear"}), "rope_scaling.factor is missing"),
+        ("llama", "rope_scaling", json!({"type": "dynamic"}), "rope_scaling.factor is missing"),
         ("llama", "rope_scaling", json!({"type": "linear", "factor": 0}), "at least 1, got 0"),
         ("llama", "rope_scaling", json!("yarn"), "rope_scaling must be an object"),
         (

@@ -58,6 +58,11 @@ impl<'a> Object<'a> {
         self.fields.get(key).filter(|value| !value.is_null())
     }
 
+    /// Whether there are no fields at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.fields.is_empty()
+    }
+
     /// An error in this file.
     pub(crate) fn error(&self, problem: impl Display) -> Error {
         Error::Config { path: self.path.to_owned(), problem: problem.to_string() }

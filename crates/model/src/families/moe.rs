@@ -103,10 +103,11 @@ pub(super) fn shared(object: &Object<'_>, expert_width: usize) -> Result<Option<
     Ok((count > 0).then_some(SharedExperts { intermediate_size, gated: false }))
 }
 
-/// DeepSeek's rule: dense before `first_k_dense_replace`, then MoE in every `moe_layer_freq`-th layer.
+/// DeepSeek's rule: dense before `first_k_dense_replace`, then MoE in every `moe_layer_freq`-th layer. Either may lie
+/// beyond the last layer, as the families' defaults do in small models.
 pub(super) fn layers_after_first(object: &Object<'_>, base: &Base) -> Result<Vec<FeedForward>> {
-    let first = object.size("first_k_dense_replace", 0..=base.num_layers)?;
-    let every = object.optional_size("moe_layer_freq", &(1..=base.num_layers.max(1)))?.unwrap_or(1);
+    let first = object.size("first_k_dense_replace", 0..=MAX_WIDTH)?;
+    let every = object.optional_size("moe_layer_freq", &(1..=MAX_WIDTH))?.unwrap_or(1);
     Ok(kinds(base, |layer| layer >= first && layer.is_multiple_of(every)))
 }
 

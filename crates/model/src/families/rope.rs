@@ -32,8 +32,8 @@ pub(super) struct Rotary {
 
 /// Reads the rotary embedding of heads of `head_dim` elements (of the rotary part, in latent attention).
 pub(super) fn read(object: &Object<'_>, base: &Base, head_dim: usize, rules: &Rules) -> Result<Rotary> {
-    // Transformers gives `rope_scaling` precedence where both are there.
-    let nested = match object.object("rope_scaling", "rope_scaling.")? {
+    // Transformers gives `rope_scaling` precedence where both are there and it is not empty.
+    let nested = match object.object("rope_scaling", "rope_scaling.")?.filter(|scaling| !scaling.is_empty()) {
         Some(scaling) => Some(scaling),
         None => object.object("rope_parameters", "rope_parameters.")?,
     };
@@ -88,6 +88,8 @@ fn read_scaling(object: &Object<'_>, nested: &Object<'_>, base: &Base) -> Result
     let scaling = match kind {
         None | Some("default") => return Ok((RopeScaling::None, 1.0)),
         Some("linear") => RopeScaling::Linear { factor: nested.number("factor")? },
+        // Raises the base for sequences beyond `max_position_embeddings` only, and no cache is longer than that.
+        Some("dynamic") => RopeScaling::None,
         Some("llama3") => RopeScaling::Llama3 {
             factor: nested.number("factor")?,
             low_freq_factor: nested.number("low_freq_factor")?,
@@ -119,16 +121,16 @@ fn read_scaling(object: &Object<'_>, nested: &Object<'_>, base: &Base) -> Result
             }
         }
         Some(other) => {
-            return Err(
-                object.error(format!(r#"rope type must be "default", "linear", "llama3" or "yarn", got {other:?}"#))
-            );
+            return Err(object.error(format!(
+                r#"rope type must be "default", "linear", "dynamic", "llama3" or "yarn", got {other:?}"#
+            )));
         }
     };
     let factor = match scaling {
         RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. } => {
             factor
         }
-        _ => 1.0,
+        _ => nested.number("factor")?,
     };
     let all_dim = nested.optional_number("mscale_all_dim")?.unwrap_or(0.0);
     let temperature = if all_dim == 0.0 { 1.0 } else { yarn_mscale(factor, all_dim) };
