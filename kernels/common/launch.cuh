@@ -32,6 +32,17 @@ inline cudaError_t multiprocessors(int* count) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
 }
 
+// Whether a kernel, as it was loaded for the current device, may start while the one before it in the stream still
+// runs: its code waits where it must only if it was compiled for 9.0 or newer, and code for 8.0 may run on newer
+// devices.
+template <typename Kernel>
+cudaError_t can_overlap(Kernel* kernel, bool* answer) {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *answer = attributes.ptxVersion >= 90;
+  return error;
+}
+
 }  // namespace anabranch
 
 // Returns from the launcher unless the expression, a status, is OK.

@@ -46,9 +46,9 @@ struct Tile {
   static constexpr uint32_t kRow = 32 * kValues;
 };
 
-// Words of dynamic shared memory: the block's counts, then for each warp a row of selection scores, what the choice needs
-// (112 words) and, where groups and lanes do not line up, the groups' scores.
-constexpr uint32_t kScratchWords = 112;
+// Words of dynamic shared memory: the block's counts, then for each warp a row of selection scores, what the choice
+// needs (80 words) and, where groups and lanes do not line up, the groups' scores.
+constexpr uint32_t kScratchWords = 80;
 
 template <int kValues>
 __host__ __device__ constexpr uint32_t warp_words(bool group_scores) {

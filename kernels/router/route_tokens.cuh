@@ -1,9 +1,11 @@
 // The router's kernel: one warp a token, from logits to ids, weights and counts.
 #pragma once
 
+#include "ptx/grid_dependency.cuh"
 #include "ptx/prefetch.cuh"
 #include "router/args.cuh"
 #include "router/groups.cuh"
+#include "router/rules.cuh"
 #include "router/scores.cuh"
 #include "router/select.cuh"
 
@@ -16,19 +18,27 @@ __device__ __forceinline__ float weigh(const Args& args, bool chosen, float logi
   if (args.score == ANABRANCH_SCORE_TOPK_SOFTMAX) {
     const float max = warp_max(logit);
     weight = chosen ? expf(logit - max) : 0.0f;
-    weight /= warp_sum(weight);
+    weight *= ptx::rcp_approx(warp_sum(weight));
   } else {
     if (chosen) {
-      weight = args.score == ANABRANCH_SCORE_SIGMOID ? sigmoid(logit) : expf(logit - softmax.max) / softmax.sum;
+      weight = args.score == ANABRANCH_SCORE_SIGMOID ? sigmoid(logit)
+                                                     : expf(logit - softmax.max) * ptx::rcp_approx(softmax.sum);
     }
-    if (args.renormalize) weight /= warp_sum(weight) + 1e-20f;
+    if (args.renormalize) weight *= ptx::rcp_approx(warp_sum(weight) + 1e-20f);
   }
   return poisoned ? NAN : weight * args.scale;
 }
 
-template <int kValues>
+// Clears the counts, while the kernel that adds to them is already at work on its tokens.
+__global__ void clear_counts(uint32_t* counts, uint32_t num_experts) {
+  ptx::launch_dependents();
+  for (uint32_t expert = threadIdx.x; expert < num_experts; expert += blockDim.x) counts[expert] = 0;
+}
+
+template <int kValues, class Rule>
 __global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlocksPerSm)
-    route_tokens(const __grid_constant__ Args args) {
+    route_tokens(const __grid_constant__ Args given) {
+  const Args args = Rule::template fixed<kValues>(given);
   using Shape = Tile<kValues>;
   extern __shared__ __align__(16) uint32_t shared[];
   const uint32_t lane = threadIdx.x % kWarpSize;
@@ -88,6 +98,7 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlock
   }
 
   __syncthreads();
+  ptx::wait_for_prerequisites();
   for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) {
     if (gridDim.x == 1) {
       args.counts[expert] = counts[expert];

@@ -115,24 +115,46 @@ Args args_of(const AnabranchRouterParams& params, uint32_t values) {
   return args;
 }
 
-template <int kValues>
-AnabranchStatus launch(const AnabranchRouterParams& params, cudaStream_t stream) {
+template <int kValues, class Rule>
+AnabranchStatus launch_as(const Args& args, cudaStream_t stream) {
   using Shape = Tile<kValues>;
-  const Args args = args_of(params, kValues);
   int sms = 0;
   ANABRANCH_TRY(checked(multiprocessors(&sms)));
   const uint32_t most = static_cast<uint32_t>(sms) * Shape::kBlocksPerSm;
   // Up to two tokens a warp, one block is quicker than several that need their counts cleared first.
   const uint32_t wanted = args.num_tokens <= 2 * Shape::kWarps ? 1 : (args.num_tokens - 1) / Shape::kWarps + 1;
   const uint32_t blocks = wanted < most ? wanted : most;
-  if (blocks > 1) ANABRANCH_TRY(checked(cudaMemsetAsync(args.counts, 0, 4 * args.num_experts, stream)));
   const bool group_scores = args.groups.count > 1 && args.groups.lanes == 0;
   cudaLaunchConfig_t config = {};
+  config.stream = stream;
+  cudaLaunchAttribute overlap = {};
+  if (blocks > 1) {
+    config.gridDim = 1;
+    config.blockDim = 256;
+    ANABRANCH_TRY(checked(cudaLaunchKernelEx(&config, clear_counts, args.counts, args.num_experts)));
+    bool can = false;
+    ANABRANCH_TRY(checked(can_overlap(route_tokens<kValues, Rule>, &can)));
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = can ? 1 : 0;
+  }
   config.gridDim = blocks;
   config.blockDim = Shape::kThreads;
   config.dynamicSmemBytes = 4 * shared_words<kValues>(group_scores);
-  config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, route_tokens<kValues>, args));
+  return checked(cudaLaunchKernelEx(&config, route_tokens<kValues, Rule>, args));
+}
+
+template <int kValues>
+AnabranchStatus launch(const AnabranchRouterParams& params, cudaStream_t stream) {
+  const Args args = args_of(params, kValues);
+  if constexpr (kValues == 4) {
+    if (SoftmaxRule::fits<kValues>(args)) return launch_as<kValues, SoftmaxRule>(args, stream);
+  }
+  if constexpr (kValues == 8) {
+    if (GroupedSigmoidRule::fits<kValues>(args)) return launch_as<kValues, GroupedSigmoidRule>(args, stream);
+  }
+  return launch_as<kValues, AnyRule>(args, stream);
 }
 
 AnabranchStatus launch_for(const AnabranchRouterParams& params, cudaStream_t stream) {

@@ -67,8 +67,10 @@ __device__ __forceinline__ float sigmoid_fast(float x) {
   return ptx::rcp_approx(1.0f + exp_fast(-x));
 }
 
+// For the weights: within 3 ulp. Division is a multiplication by the reciprocal throughout, 2 ulp instead of a half,
+// for a third of the instructions.
 __device__ __forceinline__ float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
+  return ptx::rcp_approx(1.0f + expf(-x));
 }
 
 // What softmax needs to know of all logits of a token.
@@ -141,7 +143,7 @@ __device__ __forceinline__ void selection_scores(const Args& args, float (&value
 #pragma unroll
     for (int i = 0; i < kValues; ++i) value[i] = sigmoid_fast(value[i]);
   } else if (!args.rank_by_logits) {
-    const float reciprocal = 1.0f / softmax.sum;
+    const float reciprocal = ptx::rcp_approx(softmax.sum);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) value[i] = __fmul_rn(exp_fast(value[i] - softmax.max), reciprocal);
   }

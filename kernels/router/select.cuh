@@ -1,7 +1,6 @@
 // Top-k of a row that a warp holds, ties to the lower expert.
 //
-// A top-k that finds one maximum after another is a chain of 2 K reductions, each waiting for the last. Instead, places
-// are found by counting, in comparisons that do not wait for each other:
+// A top-k that finds one maximum after another would scan all values K times. Instead:
 //   1. the K-th largest of the lanes' maxima is a bound: K values reach it, so every one of the top K does;
 //   2. the values that reach it, about K + K^2/64 of random ones, move to one lane each;
 //   3. a candidate's place is the number of candidates before it.
@@ -23,8 +22,7 @@ struct Choice {
 
 // A warp's shared memory for the choice.
 struct alignas(16) Scratch {
-  float head[kWarpSize];        // the lanes' maxima
-  uint64_t key[kWarpSize];      // the candidates, larger ones before smaller ones
+  uint64_t key[kWarpSize];     // the candidates, larger ones before smaller ones
   uint16_t expert[kWarpSize];  // the candidates' ids
 };
 static_assert(sizeof(Scratch) == 4 * kScratchWords);
@@ -34,20 +32,17 @@ __device__ __forceinline__ uint64_t candidate_key(float value, uint32_t expert) 
   return static_cast<uint64_t>(ordered_key(value)) << 32 | (0xffffffffu - expert);
 }
 
-// The `topk`-th largest of the lanes' values: the least that fewer than `topk` lanes exceed.
-__device__ __forceinline__ float nth_largest(float value, uint32_t lane, uint32_t topk, float* shared) {
-  shared[lane] = value;
-  __syncwarp();
-  uint32_t larger = 0;
-#pragma unroll
-  for (uint32_t i = 0; i < kWarpSize; i += 4) {
-    const float4 other = *reinterpret_cast<const float4*>(shared + i);
-    larger += other.x > value;
-    larger += other.y > value;
-    larger += other.z > value;
-    larger += other.w > value;
+// The `topk`-th largest of the lanes' values, equal ones counting once; the least of them where there are fewer.
+__device__ __forceinline__ float nth_largest(float value, uint32_t topk) {
+  uint32_t key = ordered_key(value);
+  uint32_t bound = 0;
+#pragma unroll 8
+  for (uint32_t round = 0; round < topk; ++round) {
+    const uint32_t largest = __reduce_max_sync(kFullWarp, key);
+    if (largest != 0) bound = largest;
+    if (key == largest) key = 0;
   }
-  return from_ordered_key(__reduce_min_sync(kFullWarp, larger < topk ? ordered_key(value) : 0xffffffffu));
+  return from_ordered_key(bound);
 }
 
 // The number of the first `total` keys before this lane's; kUnranked in lanes that hold no candidate.
@@ -98,7 +93,7 @@ __device__ __forceinline__ Choice choose(const float (&value)[kValues], uint32_t
   float head = value[0];
 #pragma unroll
   for (int i = 1; i < kValues; ++i) head = fmaxf(head, value[i]);
-  const float bound = nth_largest(head, lane, args.topk, scratch->head);
+  const float bound = nth_largest(head, args.topk);
   uint32_t reaching = 0;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) reaching |= static_cast<uint32_t>(value[i] >= bound) << i;

@@ -1,0 +1,82 @@
+// Rules that are compiled in. The kernel takes every setting at run time; a rule of published models overwrites its
+// copy of them with constants, and the compiler drops what they leave no use for: two thirds of the instructions.
+#pragma once
+
+#include "router/args.cuh"
+
+namespace anabranch::router {
+
+// Whatever the arguments say.
+struct AnyRule {
+  template <int kValues>
+  __host__ __device__ static Args fixed(Args args) {
+    return args;
+  }
+
+  template <int kValues>
+  static bool fits(const Args&) {
+    return true;
+  }
+};
+
+// What the rules below share: eight of 32 * kValues experts, and nothing adaptive.
+template <int kValues>
+__host__ __device__ inline Args plain(Args args) {
+  args.num_experts = 32 * kValues;
+  args.topk = 8;
+  args.adaptive = ANABRANCH_ADAPTIVE_FIXED;
+  args.wide_loads = true;
+  args.groups.count = 0;
+  return args;
+}
+
+template <int kValues>
+bool is_plain(const Args& args) {
+  return args.num_experts == 32 * kValues && args.topk == 8 && args.adaptive == ANABRANCH_ADAPTIVE_FIXED &&
+         args.wide_loads;
+}
+
+// Softmax, renormalised: Qwen3-MoE.
+struct SoftmaxRule {
+  template <int kValues>
+  __host__ __device__ static Args fixed(Args args) {
+    args = plain<kValues>(args);
+    args.score = ANABRANCH_SCORE_SOFTMAX;
+    args.renormalize = true;
+    args.rank_by_logits = true;
+    args.bias = nullptr;
+    return args;
+  }
+
+  template <int kValues>
+  static bool fits(const Args& args) {
+    return is_plain<kValues>(args) && args.score == ANABRANCH_SCORE_SOFTMAX && args.renormalize &&
+           args.rank_by_logits && args.bias == nullptr && args.groups.count <= 1;
+  }
+};
+
+// Sigmoid with selection bias, renormalised, eight groups scored by their two best: DeepSeek-V3.
+struct GroupedSigmoidRule {
+  static constexpr uint32_t kGroups = 8;
+
+  template <int kValues>
+  __host__ __device__ static Args fixed(Args args) {
+    args = plain<kValues>(args);
+    args.score = ANABRANCH_SCORE_SIGMOID;
+    args.renormalize = true;
+    args.rank_by_logits = false;
+    args.groups.count = kGroups;
+    args.groups.size = 32 * kValues / kGroups;
+    args.groups.lanes = 32 / kGroups;
+    args.groups.top2_sum = true;
+    return args;
+  }
+
+  template <int kValues>
+  static bool fits(const Args& args) {
+    return is_plain<kValues>(args) && args.score == ANABRANCH_SCORE_SIGMOID && args.renormalize &&
+           !args.rank_by_logits && args.bias != nullptr && args.groups.count == kGroups && args.groups.top2_sum;
+  }
+};
+
+}  // namespace anabranch::router
