@@ -36,19 +36,18 @@ struct Args {
   Groups groups;
 };
 
-// How a kernel with so many values a lane is launched. Shared memory of a block stays under 48 KiB at any setting, and
-// the resident warps hide the load of a row: 48 a multiprocessor up to 256 experts.
+// How a kernel with so many values a lane is launched. Shared memory of a block stays under 48 KiB at any setting. How
+// many blocks share a multiprocessor is the rule's to say: it has the registers.
 template <int kValues>
 struct Tile {
   static constexpr uint32_t kThreads = kValues <= 8 ? 512 : kValues == 16 ? 256 : 128;
-  static constexpr uint32_t kBlocksPerSm = kValues <= 8 ? 3 : 4;
   static constexpr uint32_t kWarps = kThreads / 32;
   static constexpr uint32_t kRow = 32 * kValues;
 };
 
 // Words of dynamic shared memory: the block's counts, then for each warp a row of selection scores, what the choice
-// needs (80 words) and, where groups and lanes do not line up, the groups' scores.
-constexpr uint32_t kScratchWords = 80;
+// needs (48 words) and, where groups and lanes do not line up, the groups' scores.
+constexpr uint32_t kScratchWords = 48;
 
 template <int kValues>
 __host__ __device__ constexpr uint32_t warp_words(bool group_scores) {

@@ -36,7 +36,7 @@ __global__ void clear_counts(uint32_t* counts, uint32_t num_experts) {
 }
 
 template <int kValues, class Rule>
-__global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlocksPerSm)
+__global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(kValues))
     route_tokens(const __grid_constant__ Args given) {
   const Args args = Rule::template fixed<kValues>(given);
   using Shape = Tile<kValues>;
@@ -62,15 +62,19 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Tile<kValues>::kBlock
     if (token + stride < args.num_tokens && first < args.num_experts) {
       ptx::prefetch_l2(logits + static_cast<uint64_t>(stride) * args.num_experts + first);
     }
-    bool poisoned = false;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) poisoned |= isnan(value[i]);
-    poisoned = __any_sync(kFullWarp, poisoned);
-
     const uint32_t used = used_slots(args, value, token);
     Softmax softmax = {0.0f, 1.0f};
     if (args.score == ANABRANCH_SCORE_SOFTMAX) softmax = softmax_of(value);
     selection_scores(args, value, first, softmax);
+    // A NaN among the logits is one among the scores, which also have others (a NaN of the bias, say).
+    bool poisoned = any_nan(value);
+    if (poisoned) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) value[i] = fmaxf(value[i], -INFINITY);
+      float logit[kValues];
+      load_row(logit, logits, first, args.num_experts, args.wide_loads);
+      poisoned = any_nan(logit);
+    }
 
     if (group_scores) {
       store_row(row, value, first);

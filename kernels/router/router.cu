@@ -120,7 +120,7 @@ AnabranchStatus launch_as(const Args& args, cudaStream_t stream) {
   using Shape = Tile<kValues>;
   int sms = 0;
   ANABRANCH_TRY(checked(multiprocessors(&sms)));
-  const uint32_t most = static_cast<uint32_t>(sms) * Shape::kBlocksPerSm;
+  const uint32_t most = static_cast<uint32_t>(sms) * Rule::blocks_per_sm(kValues);
   // Up to two tokens a warp, one block is quicker than several that need their counts cleared first.
   const uint32_t wanted = args.num_tokens <= 2 * Shape::kWarps ? 1 : (args.num_tokens - 1) / Shape::kWarps + 1;
   const uint32_t blocks = wanted < most ? wanted : most;

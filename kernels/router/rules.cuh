@@ -8,6 +8,8 @@ namespace anabranch::router {
 
 // Whatever the arguments say.
 struct AnyRule {
+  static constexpr uint32_t blocks_per_sm(int values) { return values <= 8 ? 3 : 4; }
+
   template <int kValues>
   __host__ __device__ static Args fixed(Args args) {
     return args;
@@ -18,6 +20,9 @@ struct AnyRule {
     return true;
   }
 };
+
+// With 32 registers a thread, 64 warps share a multiprocessor: two rounds do for 16,384 tokens on 132 of them.
+constexpr uint32_t kPlainBlocksPerSm = 4;
 
 // What the rules below share: eight of 32 * kValues experts, and nothing adaptive.
 template <int kValues>
@@ -38,6 +43,8 @@ bool is_plain(const Args& args) {
 
 // Softmax, renormalised: Qwen3-MoE.
 struct SoftmaxRule {
+  static constexpr uint32_t blocks_per_sm(int) { return kPlainBlocksPerSm; }
+
   template <int kValues>
   __host__ __device__ static Args fixed(Args args) {
     args = plain<kValues>(args);
@@ -58,6 +65,8 @@ struct SoftmaxRule {
 // Sigmoid with selection bias, renormalised, eight groups scored by their two best: DeepSeek-V3.
 struct GroupedSigmoidRule {
   static constexpr uint32_t kGroups = 8;
+
+  static constexpr uint32_t blocks_per_sm(int) { return kPlainBlocksPerSm; }
 
   template <int kValues>
   __host__ __device__ static Args fixed(Args args) {

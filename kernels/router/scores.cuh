@@ -43,6 +43,15 @@ __device__ __forceinline__ void load_row(float (&value)[kValues], const float* r
   }
 }
 
+// Whether any lane holds a NaN.
+template <int kValues>
+__device__ __forceinline__ bool any_nan(const float (&value)[kValues]) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) found |= isnan(value[i]);
+  return __any_sync(kFullWarp, found);
+}
+
 // Copies this lane's values to a row in shared memory.
 template <int kValues>
 __device__ __forceinline__ void store_row(float* row, const float (&value)[kValues], uint32_t first) {
@@ -127,8 +136,8 @@ __device__ __forceinline__ uint32_t used_slots(const Args& args, const float (&l
   }
 }
 
-// Turns logits into what experts are ranked by, without the group limit: never NaN, minus infinity past the last
-// expert. Additions are written as such: contracted into a multiplication they would round otherwise than elsewhere.
+// Turns logits into what experts are ranked by, without the group limit: minus infinity past the last expert. It may be
+// NaN. Additions are written as such: contracted into a multiplication they would round otherwise than elsewhere.
 template <int kValues>
 __device__ __forceinline__ void selection_scores(const Args& args, float (&value)[kValues], uint32_t first,
                                                  const Softmax& softmax) {
@@ -148,7 +157,7 @@ __device__ __forceinline__ void selection_scores(const Args& args, float (&value
     for (int i = 0; i < kValues; ++i) value[i] = __fmul_rn(exp_fast(value[i] - softmax.max), reciprocal);
   }
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) value[i] = fmaxf(__fadd_rn(value[i], bias[i]), -INFINITY);
+  for (int i = 0; i < kValues; ++i) value[i] = __fadd_rn(value[i], bias[i]);
 }
 
 }  // namespace anabranch::router

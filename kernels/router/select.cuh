@@ -20,45 +20,48 @@ struct Choice {
   uint32_t rank;
 };
 
-// A warp's shared memory for the choice.
+// A warp's shared memory for the choice: the candidates.
 struct alignas(16) Scratch {
-  uint64_t key[kWarpSize];     // the candidates, larger ones before smaller ones
-  uint16_t expert[kWarpSize];  // the candidates' ids
+  float value[kWarpSize];
+  uint16_t expert[kWarpSize];
 };
 static_assert(sizeof(Scratch) == 4 * kScratchWords);
 
-// Orders candidates: larger values first, then lower experts. No key is 0.
-__device__ __forceinline__ uint64_t candidate_key(float value, uint32_t expert) {
-  return static_cast<uint64_t>(ordered_key(value)) << 32 | (0xffffffffu - expert);
-}
-
-// The `topk`-th largest of the lanes' values, equal ones counting once; the least of them where there are fewer.
+// The `topk`-th largest of the lanes' values, equal ones counting once; minus infinity where there are fewer.
 __device__ __forceinline__ float nth_largest(float value, uint32_t topk) {
   uint32_t key = ordered_key(value);
-  uint32_t bound = 0;
+  uint32_t largest = 0;
 #pragma unroll 8
   for (uint32_t round = 0; round < topk; ++round) {
-    const uint32_t largest = __reduce_max_sync(kFullWarp, key);
-    if (largest != 0) bound = largest;
+    largest = __reduce_max_sync(kFullWarp, key);
     if (key == largest) key = 0;
   }
-  return from_ordered_key(bound);
+  return largest != 0 ? from_ordered_key(largest) : -INFINITY;
 }
 
-// The number of the first `total` keys before this lane's; kUnranked in lanes that hold no candidate.
-__device__ __forceinline__ uint32_t rank_candidates(uint64_t key, uint32_t lane, uint32_t total, uint64_t* shared) {
-  shared[lane] = lane < total ? key : 0;
+// This lane's place among the first `total` lanes' candidates, larger values first, then lower experts; kUnranked in
+// lanes that hold none. `expert` of the scratch is set.
+__device__ __forceinline__ uint32_t rank_candidates(float value, uint32_t expert, uint32_t lane, uint32_t total,
+                                                    Scratch* scratch) {
+  const bool candidate = lane < total;
+  scratch->value[lane] = candidate ? value : -INFINITY;
   __syncwarp();
   uint32_t rank = 0;
-  for (uint32_t i = 0; i < total; i += 4) {  // 0 past the last: before no one
-    const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(shared + i);
-    const ulonglong2 more = *reinterpret_cast<const ulonglong2*>(shared + i + 2);
-    rank += two.x > key;
-    rank += two.y > key;
-    rank += more.x > key;
-    rank += more.y > key;
+#pragma unroll 1
+  for (uint32_t i = 0; i < total; i += 4) {
+    const float4 other = *reinterpret_cast<const float4*>(scratch->value + i);
+    if (other.x > value) ++rank;
+    if (other.y > value) ++rank;
+    if (other.z > value) ++rank;
+    if (other.w > value) ++rank;
   }
-  return lane < total ? rank : kUnranked;
+  // Places that differ add up to this; equal values share a place, and then the experts decide.
+  if (__reduce_add_sync(kFullWarp, candidate ? rank : 0) != total * (total - 1) / 2) {
+    for (uint32_t i = 0; i < total; ++i) {
+      if (scratch->value[i] == value && scratch->expert[i] < expert) ++rank;
+    }
+  }
+  return candidate ? rank : kUnranked;
 }
 
 // One maximum after another: lane r gets the expert of rank r.
@@ -88,7 +91,8 @@ template <int kValues>
 __device__ __forceinline__ Choice choose(const float (&value)[kValues], uint32_t lane, const Args& args,
                                          const float* row, Scratch* scratch) {
   if constexpr (kValues == 1) {
-    return {lane, rank_candidates(candidate_key(value[0], lane), lane, args.num_experts, scratch->key)};
+    scratch->expert[lane] = static_cast<uint16_t>(lane);
+    return {lane, rank_candidates(value[0], lane, lane, args.num_experts, scratch)};
   }
   float head = value[0];
 #pragma unroll
@@ -111,7 +115,7 @@ __device__ __forceinline__ Choice choose(const float (&value)[kValues], uint32_t
   if (total > kWarpSize) return choose_in_turn<kValues>(row, lane, args.topk);
   __syncwarp();
   const uint32_t expert = lane < total ? scratch->expert[lane] : 0;
-  return {expert, rank_candidates(candidate_key(row[expert], expert), lane, total, scratch->key)};
+  return {expert, rank_candidates(row[expert], expert, lane, total, scratch)};
 }
 
 }  // namespace anabranch::router
