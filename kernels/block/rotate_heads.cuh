@@ -37,7 +37,7 @@ struct RopeArgs {
   float clip;
 };
 
-struct Angles {
+struct alignas(16) Angles {
   float cos[kMaxPairs];
   float sin[kMaxPairs];
 };
@@ -100,8 +100,12 @@ __device__ __forceinline__ void rotate_item(const RopeArgs& args, const Heads& h
   const uint32_t at = item / per_head * heads.head_dim + heads.first + pair;
   load_clamped(a, from + at, args.clip);
   load_clamped(b, from + at + args.pairs, args.clip);
+  float cos[kVector];
+  float sin[kVector];
+  load(cos, reinterpret_cast<const float4*>(angles.cos + pair));
+  load(sin, reinterpret_cast<const float4*>(angles.sin + pair));
 #pragma unroll
-  for (uint32_t j = 0; j < kVector; ++j) turn(a[j], b[j], angles.cos[pair + j], angles.sin[pair + j]);
+  for (uint32_t j = 0; j < kVector; ++j) turn(a[j], b[j], cos[j], sin[j]);
   store(to + at, a);
   store(to + at + args.pairs, b);
 }
