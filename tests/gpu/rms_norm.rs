@@ -1,4 +1,4 @@
-//! rms_norm: of rows, after an addition, of heads in place.
+//! RMS norm: of rows, after an addition, of heads in place.
 
 use anabranch::{
     cuda::{Float, HeadRange, Stream, add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_into},
