@@ -32,7 +32,8 @@ pub(crate) fn compile(nvcc: &Nvcc, targets: &Targets, cache: &Path, out: &Path) 
         .collect::<Result<Vec<_>, String>>()?;
 
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
-    let jobs = jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, NonZero::get)).clamp(1, units.len().max(1));
+    let jobs =
+        jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, NonZero::get)).clamp(1, units.len().max(1));
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..jobs {
@@ -90,8 +91,10 @@ impl Unit {
             .std("c++17")
             .include(root.join("kernels"))
             .include(root.join("kernels/include"));
-        // The rest of the library must not need a C++ runtime: no exceptions, no type information.
-        for flag in ["-Xcompiler=-fno-exceptions,-fno-rtti,-Wall,-Wextra", "-Werror=all-warnings", "-Xptxas=-v"] {
+        // Nothing may need a C++ runtime: no exceptions, no type information, no locks around local statics. The only ones of
+        // those are in nvcc's stubs for <<<>>>, which launchers do not use.
+        let host = "-Xcompiler=-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-Wall,-Wextra";
+        for flag in [host, "-Werror=all-warnings", "-Xptxas=-v"] {
             build.flag(flag);
         }
         build.flags(targets.gencode(&file_name));
@@ -117,7 +120,8 @@ impl Unit {
         }
         // Two builds may run at once: each writes files of its own and renames them.
         let own = format!("{}.tmp", std::process::id());
-        let (object, depends) = (self.object.with_extension(format!("o.{own}")), self.object.with_extension(format!("d.{own}")));
+        let (object, depends) =
+            (self.object.with_extension(format!("o.{own}")), self.object.with_extension(format!("d.{own}")));
         let output = {
             let mut command = self.command.lock().map_err(|_| format!("{}: a compiling thread stopped", self.name))?;
             command.arg("-o").arg(&object).arg("-MD").arg("-MF").arg(&depends);
@@ -170,8 +174,8 @@ fn collect(folder: &Path, sources: &mut Vec<PathBuf>) -> Result<(), String> {
 fn resource_log(units: &[Unit], out: &Path) -> Result<(), String> {
     let mut text = String::new();
     for unit in units {
-        text += &format!("== {}\n", unit.name);
-        text += &fs::read_to_string(unit.object.with_extension("log")).unwrap_or_default();
+        let log = fs::read_to_string(unit.object.with_extension("log")).unwrap_or_default();
+        text.extend(["== ", &unit.name, "\n", &log]);
     }
     let path = out.join("kernels.log");
     fs::write(&path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
@@ -194,10 +198,14 @@ fn link(nvcc: &Nvcc, out: &Path) -> Result<(), String> {
     let real = fs::canonicalize(&nvcc.path).unwrap_or_else(|_| nvcc.path.clone());
     let toolkit = real.ancestors().nth(2).unwrap_or(Path::new("/"));
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
-    let targets = if arch == "aarch64" { "targets/sbsa-linux/lib".to_owned() } else { format!("targets/{arch}-linux/lib") };
+    let targets =
+        if arch == "aarch64" { "targets/sbsa-linux/lib".to_owned() } else { format!("targets/{arch}-linux/lib") };
     let places = [toolkit.join("lib64"), toolkit.join(targets), toolkit.join("lib")];
     let Some(cudart) = places.iter().find(|folder| folder.join("libcudart_static.a").is_file()) else {
-        return Err(format!("there is no libcudart_static.a in {}: install the CUDA runtime beside nvcc", toolkit.display()));
+        return Err(format!(
+            "there is no libcudart_static.a in {}: install the CUDA runtime beside nvcc",
+            toolkit.display()
+        ));
     };
     println!("cargo::rustc-link-search=native={}", out.display());
     println!("cargo::rustc-link-search=native={}", cudart.display());

@@ -1,9 +1,10 @@
 // The only door to the kernels: plain C structs, one launcher per operation, one workspace query per operation.
 //
-// Rules of every launcher. It allocates nothing, waits for nothing and prints nothing; all work goes to the given stream,
-// so that a call can be captured in a CUDA graph. Pointers are device pointers unless said otherwise, aligned to their
-// element. It checks what it is given and returns a status; nothing is launched when that is not OK. The context of the
-// stream is current on the calling thread. Shapes are row-major; T, E, K are tokens, experts, experts per token.
+// Rules of every launcher. It allocates nothing, waits for nothing and prints nothing; all work goes to the given
+// stream, so that a call can be captured in a CUDA graph. Pointers are device pointers unless said otherwise, aligned
+// to their element. It checks what it is given and returns a status; nothing is launched when that is not OK. The
+// context of the stream is current on the calling thread. Shapes are row-major; T, E, K are tokens, experts, experts
+// per token.
 //
 // Only <stdint.h> is included and neither bool nor size_t is used: bindings are made without a compiler's own headers.
 #ifndef ANABRANCH_H
@@ -95,7 +96,7 @@ typedef struct AnabranchRouting {
 // From logits to expert ids, weights and counts.
 typedef struct AnabranchRouterParams {
   AnabranchRouting routing;
-  // T, at most 2^31 - 1 with T * K below 2^36.
+  // T; T * K is below 2^31.
   uint64_t num_tokens;
   // [T, E]
   const float* logits;

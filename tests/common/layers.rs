@@ -1,13 +1,11 @@
-//! The golden layers (tests/golden/generate_layer.py), for the reference's tests and the GPU's.
+//! The golden layers, which `tests/golden/generate_layer.py` made, for the reference's tests and the GPU's.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
 };
 
-use anabranch::{
-    Adaptive, Capacity, Dtype, GroupLimit, GroupScore, Renormalize, Routing, Score, reference::Matrix,
-};
+use anabranch::{Adaptive, Capacity, Dtype, GroupLimit, GroupScore, Renormalize, Routing, Score, reference::Matrix};
 use safetensors::SafeTensors;
 use serde_json::Value;
 

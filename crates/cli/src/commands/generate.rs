@@ -24,7 +24,7 @@ use std::{
     anabranch generate --model DIR --prompt 'The river' --max-new-tokens 64\n  \
     anabranch generate --model DIR --chat --temperature 0.7 --top-p 0.95 --seed 1 < question.txt\n  \
     anabranch generate --model DIR --prompt 'One' --prompt 'Two' --stats\n\n\
-    Without --temperature the likeliest token is taken every time. The same options and seed give the same text.\n\
+    Without sampling options the likeliest token is taken every time. The same options and seed give the same text.\n\
     Text ends at an end-of-text token, at a --stop string (which is not printed) or after --max-new-tokens.\n\
     A closed pipe (`anabranch generate ... | head -c 100`) ends the run quietly, with success.")]
 pub(crate) struct Arguments {
@@ -46,17 +46,18 @@ pub(crate) struct Arguments {
     /// Most tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = super::at_least_one)]
     max_new_tokens: usize,
-    /// Sample, with logits divided by this; 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    temperature: f32,
+    /// Sample, with logits divided by this; 0 takes the likeliest token [default: 1 with --top-k, --top-p or --min-p,
+    /// else 0]
+    #[arg(long, value_name = "T", value_parser = temperature)]
+    temperature: Option<f32>,
     /// Sample from the K likeliest tokens only
-    #[arg(long, value_name = "K", requires = "temperature", value_parser = super::at_least_one)]
+    #[arg(long, value_name = "K", value_parser = super::at_least_one)]
     top_k: Option<usize>,
     /// Sample from the fewest tokens that have this probability together
-    #[arg(long, value_name = "P", requires = "temperature", value_parser = fraction)]
+    #[arg(long, value_name = "P", value_parser = fraction)]
     top_p: Option<f32>,
     /// Sample from tokens at least this probable, relative to the likeliest
-    #[arg(long, value_name = "P", requires = "temperature", value_parser = share)]
+    #[arg(long, value_name = "P", value_parser = share)]
     min_p: Option<f32>,
     /// Make tokens that occurred less likely: 1 changes nothing, 1.1 is usual
     #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = penalty)]
@@ -161,8 +162,9 @@ fn report(stats: &Stats) -> String {
 
 impl Arguments {
     fn sampling(&self) -> Result<Sampling, Failure> {
-        let mut sampling =
-            Sampling::builder().temperature(self.temperature).repetition_penalty(self.repetition_penalty);
+        let filtered = self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
+        let temperature = self.temperature.unwrap_or(if filtered { 1.0 } else { 0.0 });
+        let mut sampling = Sampling::builder().temperature(temperature).repetition_penalty(self.repetition_penalty);
         if let Some(top_k) = self.top_k {
             sampling = sampling.top_k(top_k);
         }
