@@ -11,6 +11,8 @@ use super::{
 use crate::{Error, Result, Rope, RopeLayout};
 
 const OPERATION: &str = "rope";
+const NO_HEADS: sys::AnabranchHeads =
+    sys::AnabranchHeads { data: std::ptr::null_mut(), stride: 0, num_heads: 0, head_dim: 0, first: 0 };
 
 /// A rotary embedding with its frequencies on the GPU. Cosines and sines are computed where they are used.
 #[derive(Debug)]
@@ -103,8 +105,8 @@ pub fn rope_into(stream: &Stream, table: &RopeTable, buffers: &mut RopeBuffers<'
         clip: clip.unwrap_or(f32::INFINITY),
         positions: positions.pointer,
         q: heads(queries.pointer, columns, *q, *q_first)?,
-        k: sys::AnabranchHeads::default(),
-        v: sys::AnabranchHeads::default(),
+        k: NO_HEADS,
+        v: NO_HEADS,
         cache_rows: std::ptr::null(),
         num_cache_rows: 0,
         k_cache: std::ptr::null_mut(),
