@@ -11,6 +11,7 @@ mod rms_norm;
 mod rope;
 mod router;
 mod rows;
+mod sampling;
 mod shapes;
 mod timing;
 
@@ -21,6 +22,7 @@ criterion::criterion_group!(
     combine::bench,
     rms_norm::bench,
     rope::bench,
-    rows::bench
+    rows::bench,
+    sampling::bench
 );
 criterion::criterion_main!(benches);

@@ -1,6 +1,6 @@
 //! Shapes of named models, and values to compute with.
 
-use std::time::Duration;
+use std::{sync::LazyLock, time::Duration};
 
 use anabranch::cuda::{Device, Stream, Tensor, embedding};
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
@@ -99,13 +99,19 @@ impl Noise {
     }
 }
 
-/// A matrix of normal values: rows drawn from a few hundred random ones, on the GPU, because some have gigabytes.
+/// A matrix of normal values: rows drawn from a few hundred random ones, on the GPU, because some matrices have gigabytes.
 pub(crate) fn rows(stream: &Stream, rows: usize, width: usize) -> Tensor<bf16> {
     const DISTINCT: usize = 256;
+    // A prime number of values, so that no two rows are the same.
+    static VALUES: LazyLock<Vec<bf16>> = LazyLock::new(|| {
+        let mut noise = Noise::new();
+        (0..65_537).map(|_| bf16::from_f32(noise.normal())).collect()
+    });
+    let distinct = rows.min(DISTINCT);
+    let values: Vec<bf16> = VALUES.iter().cycle().take(distinct * width).copied().collect();
     let mut noise = Noise::new();
-    let values: Vec<bf16> = (0..DISTINCT * width).map(|_| bf16::from_f32(noise.normal())).collect();
-    let ids: Vec<u32> = (0..rows).map(|_| (noise.bits() % DISTINCT as u64) as u32).collect();
-    let table = stream.upload([DISTINCT, width], &values).unwrap();
+    let ids: Vec<u32> = (0..rows).map(|_| (noise.bits() % distinct as u64) as u32).collect();
+    let table = stream.upload([distinct, width], &values).unwrap();
     embedding(stream, &table.view(), &stream.upload([rows], &ids).unwrap().view()).unwrap()
 }
 

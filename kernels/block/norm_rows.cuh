@@ -50,8 +50,8 @@ __device__ __forceinline__ float sum_over(float x, uint32_t threads) {
   return x;
 }
 
-// kVectors: how many vectors a thread has at most. Threads past the last row compute with zeros and store nothing, so that
-// every lane takes part in the sums.
+// kVectors: how many vectors a thread has at most. Threads past the last row compute with zeros and store nothing, so
+// that every lane takes part in the sums.
 template <uint32_t kVectors, typename Weight>
 __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormArgs args) {
   const uint32_t member = threadIdx.x % args.threads;

@@ -6,12 +6,13 @@
 //
 // Reference: anabranch::reference::rms_norm. Architecture: 8.0 and newer. Alignment: 16 bytes, rows too.
 //
-// Arithmetic is float32; the residual stream stays bf16, as Transformers has it, and what is normed is the rounded sum. A
-// group of threads takes a row and keeps it in registers: 8 to 32 threads with one vector of 16 bytes each up to a width of
-// 256 (heads), a warp with up to 8 each to 2,048, a block beyond. The choice hangs on the width only, and so does the order
-// of the sum: a row's result does not depend on the others.
+// Arithmetic is float32; the residual stream stays bf16, as Transformers has it, and what is normed is the rounded sum.
+// A group of threads takes a row and keeps it in registers: 8 to 32 threads with one vector of 16 bytes each up to a
+// width of 256 (heads), a warp with up to 8 each to 2,048, a block beyond. The choice hangs on the width only, and so
+// does the order of the sum: a row's result does not depend on the others.
 //
-// Bounds. Bytes: 4 T d, 8 T d with delta: T = 16,384, d = 2,048: 134 MB, 31 us at 4.28 TB/s; 268 MB, 63 us. Five FLOP a value.
+// Bounds. Bytes: 4 T d, 8 T d with delta: T = 16,384, d = 2,048: 134 MB, 31 us at 4.28 TB/s; 268 MB, 63 us. Five FLOP a
+// value.
 
 #include "block/norm_rows.cuh"
 #include "common/launch.cuh"
@@ -53,8 +54,8 @@ AnabranchStatus check(const AnabranchRmsNormParams& params) {
   if (params.weight == nullptr || (params.num_tokens > 0 && (params.x == nullptr || params.out == nullptr))) {
     return ANABRANCH_STATUS_POINTER;
   }
-  for (const void* pointer : {static_cast<const void*>(params.x), params.delta, params.weight,
-                              static_cast<const void*>(params.out)}) {
+  for (const void* pointer :
+       {static_cast<const void*>(params.x), params.delta, params.weight, static_cast<const void*>(params.out)}) {
     if (!is_aligned(pointer, 16)) return ANABRANCH_STATUS_ALIGNMENT;
   }
   return ANABRANCH_STATUS_OK;
@@ -100,8 +101,11 @@ extern "C" AnabranchStatus anabranch_rms_norm(const AnabranchRmsNormParams* para
   ANABRANCH_TRY(block::check(*params));
   const bool nothing = params->num_tokens == 0;
   switch (params->weight_dtype) {
-    case ANABRANCH_DTYPE_BF16: return nothing ? ANABRANCH_STATUS_OK : block::launch_for<block::Bf16Weight>(*params, stream);
-    case ANABRANCH_DTYPE_F32: return nothing ? ANABRANCH_STATUS_OK : block::launch_for<block::FloatWeight>(*params, stream);
-    default: return ANABRANCH_STATUS_UNSUPPORTED;
+    case ANABRANCH_DTYPE_BF16:
+      return nothing ? ANABRANCH_STATUS_OK : block::launch_for<block::Bf16Weight>(*params, stream);
+    case ANABRANCH_DTYPE_F32:
+      return nothing ? ANABRANCH_STATUS_OK : block::launch_for<block::FloatWeight>(*params, stream);
+    default:
+      return ANABRANCH_STATUS_UNSUPPORTED;
   }
 }

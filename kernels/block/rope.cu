@@ -1,18 +1,19 @@
 // rope: rotary position embedding of queries in place, of keys on their way into the cache; values go along.
 //
-//   (a, b) -> (a cos - b sin, b cos + a sin),  angle = position * frequency,  for each pair of a head's rotated elements
-//   q in place;   k_cache[cache_rows[t]] = rotated k[t];   v_cache[cache_rows[t]] = v[t]
+//   (a, b) -> (a cos - b sin, b cos + a sin),  angle = position * frequency,  for each pair of a head's rotated
+//   elements q in place;   k_cache[cache_rows[t]] = rotated k[t];   v_cache[cache_rows[t]] = v[t]
 //
 //   q [T, Hq, dq], k [T, Hk, dk], v [T, Hv, dv] bf16, tokens a stride apart (parts of one product's rows, say);
-//   positions, cache_rows [T] int32; frequencies [rotary_dim / 2] float32 -> q; k_cache [N, Hk, dk], v_cache [N, Hv, dv] bf16
+//   positions, cache_rows [T] int32; frequencies [rotary_dim / 2] float32 -> q; k_cache [N, Hk, dk], v_cache [N, Hv,
+//   dv] bf16
 //
-// Reference: anabranch::reference::rotate (after a clamp). Architecture: 8.0 and newer. Alignment: elements; 16 bytes at a
-// time where all pointers, strides and sizes are multiples of that.
+// Reference: anabranch::reference::rotate (after a clamp). Architecture: 8.0 and newer. Alignment: elements; 16 bytes
+// at a time where all pointers, strides and sizes are multiples of that.
 //
 // A block takes a token: its threads compute the angles once for all heads, then go through the vectors of q, k and v.
 //
-// Bounds. Bytes: 4 T (Hq dq' + Hk dk + Hv dv), dq' the elements rotated: T = 16,384 with 32 + 4 + 4 heads of 128: 336 MB,
-// 78 us at 4.28 TB/s. Three FLOP a value; T rotary_dim / 2 sines and cosines.
+// Bounds. Bytes: 4 T (Hq dq' + Hk dk + Hv dv), dq' the elements rotated: T = 16,384 with 32 + 4 + 4 heads of 128: 336
+// MB, 78 us at 4.28 TB/s. Three FLOP a value; T rotary_dim / 2 sines and cosines.
 
 #include "block/rotate_heads.cuh"
 #include "common/launch.cuh"
@@ -54,19 +55,25 @@ AnabranchStatus check(const AnabranchRopeParams& params) {
     return ANABRANCH_STATUS_POINTER;
   }
   const bool aligned = is_aligned(params.frequencies, 4) && is_aligned(params.positions, 4) &&
-                       is_aligned(params.cache_rows, 4) && is_aligned(params.k_cache, 2) && is_aligned(params.v_cache, 2);
+                       is_aligned(params.cache_rows, 4) && is_aligned(params.k_cache, 2) &&
+                       is_aligned(params.v_cache, 2);
   return aligned ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_ALIGNMENT;
 }
 
 Heads heads_of(const AnabranchHeads& heads, void* to, uint64_t to_stride) {
-  return {static_cast<const uint16_t*>(heads.data), static_cast<uint16_t*>(to), heads.stride, to_stride,
-          heads.num_heads,                          heads.head_dim,             heads.first};
+  return {static_cast<const uint16_t*>(heads.data),
+          static_cast<uint16_t*>(to),
+          heads.stride,
+          to_stride,
+          heads.num_heads,
+          heads.head_dim,
+          heads.first};
 }
 
 bool is_wide(const Heads& heads) {
-  return heads.heads == 0 || (is_aligned(heads.from, 16) && is_aligned(heads.to, 16) &&
-                              heads.from_stride % kVector == 0 && heads.to_stride % kVector == 0 &&
-                              heads.head_dim % kVector == 0 && heads.first % kVector == 0);
+  return heads.heads == 0 ||
+         (is_aligned(heads.from, 16) && is_aligned(heads.to, 16) && heads.from_stride % kVector == 0 &&
+          heads.to_stride % kVector == 0 && heads.head_dim % kVector == 0 && heads.first % kVector == 0);
 }
 
 AnabranchStatus launch(const AnabranchRopeParams& params, cudaStream_t stream) {

@@ -42,9 +42,9 @@ struct alignas(16) Angles {
   float sin[kMaxPairs];
 };
 
-// cos and sin of an angle that is a float: the product of position and frequency is rounded as the reference rounds it. Turns
-// are counted in float64, because at position 100,000 a float32 reduction would lose the fraction, and sincospif takes no
-// slow path.
+// cos and sin of an angle that is a float: the product of position and frequency is rounded as the reference rounds it.
+// Turns are counted in float64, because at position 100,000 a float32 reduction would lose the fraction, and sincospif
+// takes no slow path.
 __device__ __forceinline__ void fill_angles(Angles& angles, const RopeArgs& args, float position) {
   for (uint32_t pair = threadIdx.x; pair < args.pairs; pair += blockDim.x) {
     const double turns = static_cast<double>(position * __ldg(args.frequencies + pair)) * 0.15915494309189535;
@@ -78,8 +78,8 @@ __device__ __forceinline__ void store(uint16_t* to, const float (&x)[kVector]) {
 }
 
 // Item `item` of a token's rotated heads, 16 bytes at a time: with halves, a vector and the one that it turns with.
-__device__ __forceinline__ void rotate_item(const RopeArgs& args, const Heads& heads, const uint16_t* from, uint16_t* to,
-                                            uint32_t item, const Angles& angles) {
+__device__ __forceinline__ void rotate_item(const RopeArgs& args, const Heads& heads, const uint16_t* from,
+                                            uint16_t* to, uint32_t item, const Angles& angles) {
   float a[kVector];
   if (args.interleaved) {
     const uint32_t per_head = 2 * args.pairs / kVector;
@@ -110,7 +110,8 @@ __device__ __forceinline__ void rotate_item(const RopeArgs& args, const Heads& h
   store(to + at + args.pairs, b);
 }
 
-// Item `item` of a token's elements that are not rotated, 16 bytes at a time: `rotary` elements from `first` on are left out.
+// Item `item` of a token's elements that are not rotated, 16 bytes at a time: `rotary` elements from `first` on are
+// left out.
 __device__ __forceinline__ void copy_item(const Heads& heads, const uint16_t* from, uint16_t* to, uint32_t item,
                                           uint32_t rotary, float clip) {
   const uint32_t per_head = (heads.head_dim - rotary) / kVector;

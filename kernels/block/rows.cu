@@ -3,13 +3,14 @@
 //   embedding: out[t] = table[ids[t]]            table [V, d] bf16, ids [T] uint32 -> out [T, d] bf16
 //   add:       x += y                            x, y [N] bf16
 //
-// Reference: anabranch::reference::embedding; addition. Architecture: 8.0 and newer. Alignment: 16 bytes for table and out;
-// x and y elements, 16 bytes at a time where both are aligned to that.
+// Reference: anabranch::reference::embedding; addition. Architecture: 8.0 and newer. Alignment: 16 bytes for table and
+// out; x and y elements, 16 bytes at a time where both are aligned to that.
 //
-// An id that is not in the table makes its row NaN: it is seen in the result, and no other token's. embedding: a warp takes
-// 256 vectors of 16 bytes of a row. add: a thread takes four vectors.
+// An id that is not in the table makes its row NaN: it is seen in the result, and no other token's. embedding: a warp
+// takes 256 vectors of 16 bytes of a row. add: a thread takes four vectors.
 //
-// Bounds. Bytes: embedding 4 T d, T = 16,384, d = 2,048: 134 MB, 31 us at 4.28 TB/s; add 6 N, the same shape 201 MB, 47 us.
+// Bounds. Bytes: embedding 4 T d, T = 16,384, d = 2,048: 134 MB, 31 us at 4.28 TB/s; add 6 N, the same shape 201 MB, 47
+// us.
 
 #include "common/bf16.cuh"
 #include "common/gather.cuh"
@@ -27,7 +28,8 @@ __device__ __forceinline__ void add_one(uint16_t* x, const uint16_t* y) {
   *x = float_to_bf16(bf16_to_float(*x) + bf16_to_float(*y));
 }
 
-// kVectors vectors a thread, a block's width apart; the elements past the last whole vector go to the last block's threads.
+// kVectors vectors a thread, a block's width apart; the elements past the last whole vector go to the last block's
+// threads.
 __global__ void __launch_bounds__(kAddThreads) add_vectors(uint16_t* x, const uint16_t* y, uint64_t num_elements) {
   const uint64_t vectors = num_elements / kVector;
   const uint64_t first = uint64_t{blockIdx.x} * (kAddThreads * kAddVectors) + threadIdx.x;

@@ -2,15 +2,16 @@
 //
 //   out[t] = sum_k topk_weights[t, k] * y[inverse[t, k]] + sigmoid(shared_gate[t]) * shared[t]
 //
-//   y [R, d] bf16, inverse [T, K] int32, topk_weights [T, K] float32, shared [T, d] bf16 or null, shared_gate [T] float32 or
-//   null -> out [T, d] bf16 or float32. A pair whose row is not one of y's adds nothing, whatever its weight.
+//   y [R, d] bf16, inverse [T, K] int32, topk_weights [T, K] float32, shared [T, d] bf16 or null, shared_gate [T]
+//   float32 or null -> out [T, d] bf16 or float32. A pair whose row is not one of y's adds nothing, whatever its
+//   weight.
 //
 // Reference: anabranch::reference::combine (and the end of MoeLayer::forward_routed). Architecture: 8.0 and newer.
 // Alignment: 16 bytes for y, shared and out.
 //
-// Sums are float32, k ascending, shared experts last: a token's result depends on its own rows only. A warp takes 32 vectors
-// of 16 bytes of one token, each lane one of them; rows and weights are read once a warp, a lane each, and handed around; four
-// rows are in flight at a time.
+// Sums are float32, k ascending, shared experts last: a token's result depends on its own rows only. A warp takes 32
+// vectors of 16 bytes of one token, each lane one of them; rows and weights are read once a warp, a lane each, and
+// handed around; four rows are in flight at a time.
 //
 // Bounds. Bytes: 2 d (T K + T), and as much again as out for shared: T = 16,384, K = 8, d = 2,048: 604 MB, 141 us at
 // 4.28 TB/s. Two FLOP a value read.
@@ -34,8 +35,9 @@ AnabranchStatus check(const AnabranchCombineParams& params) {
       params.out == nullptr || (params.shared == nullptr && params.shared_gate != nullptr)) {
     return ANABRANCH_STATUS_POINTER;
   }
-  const bool aligned = is_aligned(params.y, 16) && is_aligned(params.inverse, 4) && is_aligned(params.topk_weights, 4) &&
-                       is_aligned(params.shared, 16) && is_aligned(params.shared_gate, 4) && is_aligned(params.out, 16);
+  const bool aligned = is_aligned(params.y, 16) && is_aligned(params.inverse, 4) &&
+                       is_aligned(params.topk_weights, 4) && is_aligned(params.shared, 16) &&
+                       is_aligned(params.shared_gate, 4) && is_aligned(params.out, 16);
   return aligned ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_ALIGNMENT;
 }
 
@@ -65,9 +67,12 @@ AnabranchStatus launch(const AnabranchCombineParams& params, cudaStream_t stream
 
 AnabranchStatus launch_for(const AnabranchCombineParams& params, cudaStream_t stream) {
   switch (params.out_dtype) {
-    case ANABRANCH_DTYPE_BF16: return launch<Bf16Out>(params, stream);
-    case ANABRANCH_DTYPE_F32: return launch<FloatOut>(params, stream);
-    default: return ANABRANCH_STATUS_UNSUPPORTED;
+    case ANABRANCH_DTYPE_BF16:
+      return launch<Bf16Out>(params, stream);
+    case ANABRANCH_DTYPE_F32:
+      return launch<FloatOut>(params, stream);
+    default:
+      return ANABRANCH_STATUS_UNSUPPORTED;
   }
 }
 

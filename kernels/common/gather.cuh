@@ -16,15 +16,15 @@ constexpr uint32_t kGatherLoads = 8;
 constexpr uint32_t kGatherVectors = kGatherLoads * kWarpSize;
 
 struct GatherArgs {
-  const uint4* from;         // [num_from, vectors]
-  const uint32_t* indices;   // [num_rows]
-  uint4* to;                 // [num_rows, vectors]
-  uint32_t num_items;        // num_rows * items_per_row
+  const uint4* from;        // [num_from, vectors]
+  const uint32_t* indices;  // [num_rows]
+  uint4* to;                // [num_rows, vectors]
+  uint32_t num_items;       // num_rows * items_per_row
   uint32_t num_from;
-  uint32_t vectors;          // of a row
-  uint32_t items_per_row;    // ceil(vectors / kGatherVectors)
-  uint32_t divisor;          // index / divisor is the row to take
-  uint32_t filler;           // fills, four bytes at a time, the row of an index that leads nowhere
+  uint32_t vectors;        // of a row
+  uint32_t items_per_row;  // ceil(vectors / kGatherVectors)
+  uint32_t divisor;        // index / divisor is the row to take
+  uint32_t filler;         // fills, four bytes at a time, the row of an index that leads nowhere
 };
 
 static __global__ void __launch_bounds__(kGatherThreads) gather(const __grid_constant__ GatherArgs args) {

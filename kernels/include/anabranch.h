@@ -142,7 +142,8 @@ typedef struct AnabranchPermuteParams {
   uint64_t workspace_bytes;
 } AnabranchPermuteParams;
 
-// Bytes of workspace, aligned to 4, that anabranch_permute needs for up to num_tokens tokens. `bytes` is a host pointer.
+// Bytes of workspace, aligned to 4, that anabranch_permute needs for up to num_tokens tokens. `bytes` is a host
+// pointer.
 AnabranchStatus anabranch_permute_workspace(uint64_t num_tokens, uint32_t topk, uint32_t num_experts, uint64_t* bytes);
 
 // `params` is a host pointer, read before this returns; so it is in every launcher.
@@ -196,8 +197,8 @@ AnabranchStatus anabranch_combine(const AnabranchCombineParams* params, Anabranc
 
 // ---- block: what stands between the products of a transformer block ----
 
-// out = x / sqrt(mean(x^2) + eps) * weight over rows of `width`, in float32; x += delta before, where delta is given, and
-// what is normed is the sum as bf16 holds it. A token has num_heads rows, one after another; the next token's begin
+// out = x / sqrt(mean(x^2) + eps) * weight over rows of `width`, in float32; x += delta before, where delta is given,
+// and what is normed is the sum as bf16 holds it. A token has num_heads rows, one after another; the next token's begin
 // x_stride (out_stride) elements on. out may be x.
 typedef struct AnabranchRmsNormParams {
   uint64_t num_tokens;
@@ -239,7 +240,8 @@ typedef struct AnabranchHeads {
   uint32_t first;
 } AnabranchHeads;
 
-// Rotates q in place and writes rotated keys, and values as they are, into a cache. Before that everything is clamped to
+// Rotates q in place and writes rotated keys, and values as they are, into a cache. Before that everything is clamped
+// to
 // [-clip, clip].
 typedef struct AnabranchRopeParams {
   uint64_t num_tokens;
@@ -260,7 +262,8 @@ typedef struct AnabranchRopeParams {
   AnabranchHeads k;
   // Read only; `first` is not looked at.
   AnabranchHeads v;
-  // [T]: the cache's row of each token; outside of the cache, its keys and values are not written. No two tokens share one.
+  // [T]: the cache's row of each token; outside of the cache, its keys and values are not written. No two tokens share
+  // one.
   const int32_t* cache_rows;
   uint64_t num_cache_rows;
   // [num_cache_rows, k.num_heads, k.head_dim] and [num_cache_rows, v.num_heads, v.head_dim] bf16.
@@ -296,6 +299,59 @@ typedef struct AnabranchAddParams {
 } AnabranchAddParams;
 
 AnabranchStatus anabranch_add(const AnabranchAddParams* params, AnabranchStream stream);
+
+// ---- sampling ----
+
+// ids[b] = the first of the largest logits[b, :]
+typedef struct AnabranchArgmaxParams {
+  // B, with B * ceil(V / 8192) below 2^31.
+  uint64_t num_rows;
+  // V, 1 to 2^31 - 1.
+  uint64_t vocab_size;
+  // [B, V], bf16 or f32.
+  const void* logits;
+  AnabranchDtype logits_dtype;
+  // [B]; -1 where a logit is NaN or plus infinity, or all are minus infinity: there is nothing to choose by.
+  int32_t* ids;
+  // Aligned to 8.
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchArgmaxParams;
+
+// Bytes of workspace that anabranch_argmax needs for up to num_rows rows. `bytes` is a host pointer.
+AnabranchStatus anabranch_argmax_workspace(uint64_t num_rows, uint64_t vocab_size, uint64_t* bytes);
+
+AnabranchStatus anabranch_argmax(const AnabranchArgmaxParams* params, AnabranchStream stream);
+
+// Draws ids[b] from logits[b, :] after repetition penalty, temperature, top-k, top-p and min-p, in this order.
+typedef struct AnabranchSampleParams {
+  // B, below 2^31.
+  uint64_t num_rows;
+  // V, 1 to 2^22.
+  uint64_t vocab_size;
+  // [B, V], bf16 or f32.
+  const void* logits;
+  AnabranchDtype logits_dtype;
+  // At least 0; 0 for the most probable token.
+  float temperature;
+  // 0 for no limit.
+  uint32_t top_k;
+  // Above 0, at most 1.
+  float top_p;
+  // At least 0, below 1.
+  float min_p;
+  // Above 0; 1 for none.
+  float repetition_penalty;
+  // [B] in [0, 1): where in the distribution to draw. Null only if the temperature is 0.
+  const float* u;
+  // [B, ceil(V / 32)]: bit i % 32 of word i / 32 is set if token i was seen; the drawn one's is set. Null only without
+  // a penalty.
+  uint32_t* seen;
+  // [B]; -1 where a logit is NaN or plus infinity, or all are minus infinity.
+  int32_t* ids;
+} AnabranchSampleParams;
+
+AnabranchStatus anabranch_sample(const AnabranchSampleParams* params, AnabranchStream stream);
 
 #ifdef __cplusplus
 }

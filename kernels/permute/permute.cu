@@ -6,17 +6,17 @@
 //
 //   topk_ids [T, K] int32 -> expert_offsets [E + 1], slots [T * K], inverse [T, K];   x [T, d] bf16 -> out [R, d] bf16
 //
-// Reference: anabranch::reference::Permutation (new, permute). Architecture: 8.0 and newer. Alignment: elements; 16 bytes
-// for x and out.
+// Reference: anabranch::reference::Permutation (new, permute). Architecture: 8.0 and newer. Alignment: elements; 16
+// bytes for x and out.
 //
 // A counting sort. Up to kAlone pairs one block does everything in one launch, else a first launch counts each block's
-// pairs by expert and a second one sums those of the blocks before (each block for itself, from the second-level cache) and
-// places its pairs. Within a block every warp has consecutive pairs and counts of its own, so that ranks are stable
+// pairs by expert and a second one sums those of the blocks before (each block for itself, from the second-level cache)
+// and places its pairs. Within a block every warp has consecutive pairs and counts of its own, so that ranks are stable
 // without any order among warps. Permuted rows: a warp takes 256 vectors of 16 bytes of one row.
 //
-// Bounds. Bytes: 16 P for P = T K pairs, ids read twice: T = 16,384, K = 8: 2.1 MB, 0.5 us at 4.3 TB/s, so two launches are
-// what it costs. A few integer operations a pair. Permuted rows: 2 d (T + R) bytes; T = 16,384, K = 8, d = 2,048: 604 MB,
-// 141 us.
+// Bounds. Bytes: 16 P for P = T K pairs, ids read twice: T = 16,384, K = 8: 2.1 MB, 0.5 us at 4.3 TB/s, so two launches
+// are what it costs. A few integer operations a pair. Permuted rows: 2 d (T + R) bytes; T = 16,384, K = 8, d = 2,048:
+// 604 MB, 141 us.
 
 #include "common/bf16.cuh"
 #include "common/gather.cuh"

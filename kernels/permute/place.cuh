@@ -76,8 +76,9 @@ __device__ __forceinline__ uint32_t exclusive_scan(uint32_t* total, uint32_t num
 }
 
 // A block has consecutive pairs and each of its warps consecutive ones of those. Every warp counts its own, the counts
-// before it (experts before, blocks before, warps before) make the row of its first pair of each expert, and it goes through
-// its pairs once more, 32 at a time: a pair's row is the expert's next one plus the pairs of that expert in lower lanes.
+// before it (experts before, blocks before, warps before) make the row of its first pair of each expert, and it goes
+// through its pairs once more, 32 at a time: a pair's row is the expert's next one plus the pairs of that expert in
+// lower lanes.
 __global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args args) {
   extern __shared__ uint32_t shared[];  // [warps, E], [E], [E]
   const uint32_t experts = args.num_experts;

@@ -17,6 +17,7 @@ mod rms_norm;
 mod rope;
 mod router;
 mod rows;
+mod sampling;
 mod stream;
 mod sys;
 mod tensor;
@@ -33,5 +34,6 @@ pub use rms_norm::{add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_in
 pub use rope::{RopeBuffers, RopeCache, RopeTable, rope_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
 pub use rows::{add_into, embedding, embedding_into};
+pub use sampling::{SampleInput, argmax, argmax_into, argmax_workspace, sample, sample_into};
 pub use stream::Stream;
 pub use tensor::{Element, Shape, Tensor, View, ViewMut};

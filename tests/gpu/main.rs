@@ -13,4 +13,5 @@ mod rms_norm;
 mod rope;
 mod router;
 mod rows;
+mod sampling;
 mod support;

@@ -56,7 +56,9 @@ pub(crate) fn close(got: &[f64], expected: &[f64], bound: impl Fn(usize, f64) ->
 }
 
 /// What `launch` enqueues, as a graph. Anything that waits for the stream or allocates on the side would break the capture.
-pub(crate) fn capture(stream: &Stream, launch: impl FnOnce()) -> CudaGraph {
+/// It is called once before, because kernels are loaded at their first launch.
+pub(crate) fn capture(stream: &Stream, mut launch: impl FnMut()) -> CudaGraph {
+    launch();
     stream.synchronize().unwrap();
     stream.cudarc().begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
     launch();
