@@ -124,6 +124,7 @@ __device__ __forceinline__ uint32_t id_among_equals(DrawShared& shared, const Ro
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t warp = threadIdx.x / kWarpSize;
   uint64_t earlier = 0;
+#pragma unroll 1
   for (uint32_t base = 0; base < row.args.vocab_size; base += kDrawThreads) {
     const uint32_t id = base + threadIdx.x;
     const bool equal = id < row.args.vocab_size && ordered_key(row.logit(id)) == key && bound.keeps(key, id);
@@ -153,6 +154,7 @@ __device__ __forceinline__ Bound reach(DrawShared& shared, const Row<Logits>& ro
     return static_cast<uint32_t>(fminf(row.distance(z) * kBinsPerUnit, static_cast<float>(kBins - 1)));
   };
   clear_bins(shared);
+#pragma unroll 2
   for (uint32_t id = threadIdx.x; id < vocab_size; id += kDrawThreads) {
     const float z = row.logit(id);
     if (bound.keeps(ordered_key(z), id)) {
@@ -166,25 +168,25 @@ __device__ __forceinline__ Bound reach(DrawShared& shared, const Row<Logits>& ro
   // 11, 11 and 10 bits of the key, the largest first: bins are in falling order.
   uint32_t key = 0;
   uint32_t mask = 0;
-  constexpr uint32_t kShifts[] = {21, 10, 0};
-  constexpr uint32_t kWidths[] = {11, 11, 10};
-#pragma unroll
+#pragma unroll 1
   for (uint32_t level = 0; level < 3; ++level) {
-    const uint32_t most = (1u << kWidths[level]) - 1;
+    const uint32_t shift = level == 0 ? 21 : level == 1 ? 10 : 0;
+    const uint32_t most = level == 2 ? 1023 : 2047;
     const unsigned long long need = shared.need;
     clear_bins(shared);
+#pragma unroll 2
     for (uint32_t id = threadIdx.x; id < vocab_size; id += kDrawThreads) {
       const float z = row.logit(id);
       const uint32_t other = ordered_key(z);
       if ((other & mask) == key && bin_of(z) == coarse && bound.keeps(other, id)) {
         const uint64_t measure = row.measure(kind, z);
-        const uint32_t bin = most - (other >> kShifts[level] & most);
+        const uint32_t bin = most - (other >> shift & most);
         if (measure != 0) atomicAdd(shared.bins + bin, static_cast<unsigned long long>(measure));
       }
     }
     find_bin(shared, [need](unsigned long long) { return need; });
-    key |= (most - shared.bin) << kShifts[level];
-    mask |= most << kShifts[level];
+    key |= (most - shared.bin) << shift;
+    mask |= most << shift;
   }
   // Equals have equal measures.
   const uint64_t each = row.measure(kind, from_ordered_key(key));
