@@ -2,6 +2,6 @@
 
 #![allow(non_camel_case_types, non_upper_case_globals, reason = "C's names")]
 #![allow(dead_code, unreachable_pub, reason = "the header serves C callers too")]
-#![allow(clippy::pedantic, clippy::undocumented_unsafe_blocks, reason = "generated")]
+#![allow(clippy::pedantic, reason = "generated")]
 
 include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
