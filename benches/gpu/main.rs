@@ -5,8 +5,24 @@
 //! the operation's own data allows, timed by CUDA events and divided by their number: the time that a launch takes within a
 //! model's step, its gap to the next one included.
 
+mod combine;
+mod permute;
+mod rms_norm;
+mod rope;
 mod router;
+mod rows;
+mod sampling;
+mod shapes;
 mod timing;
 
-criterion::criterion_group!(benches, router::bench);
+criterion::criterion_group!(
+    benches,
+    router::bench,
+    permute::bench,
+    combine::bench,
+    rms_norm::bench,
+    rope::bench,
+    rows::bench,
+    sampling::bench
+);
 criterion::criterion_main!(benches);

@@ -120,6 +120,239 @@ AnabranchStatus anabranch_router_workspace(const AnabranchRouting* routing, uint
 // Routes every token. `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_router(const AnabranchRouterParams* params, AnabranchStream stream);
 
+// ---- permute ----
+
+// Sorts (token, slot) pairs by expert, stable: ascending token within an expert.
+typedef struct AnabranchPermuteParams {
+  // T, with T * K below 2^31.
+  uint64_t num_tokens;
+  // K, 1 to 32.
+  uint32_t topk;
+  // E, 1 to 1024.
+  uint32_t num_experts;
+  // [T, K]; a pair whose id is not an expert's (-1: unused or dropped) goes nowhere.
+  const int32_t* topk_ids;
+  // [E + 1]: expert e has the permuted rows offsets[e] to offsets[e + 1] - 1.
+  uint32_t* expert_offsets;
+  // [T * K]: the pair, token * K + slot, of each permuted row; 2^32 - 1 from row offsets[E] on.
+  uint32_t* slots;
+  // [T, K]: the permuted row of each pair, or -1.
+  int32_t* inverse;
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchPermuteParams;
+
+// Bytes of workspace, aligned to 4, that anabranch_permute needs for up to num_tokens tokens. `bytes` is a host
+// pointer.
+AnabranchStatus anabranch_permute_workspace(uint64_t num_tokens, uint32_t topk, uint32_t num_experts, uint64_t* bytes);
+
+// `params` is a host pointer, read before this returns; so it is in every launcher.
+AnabranchStatus anabranch_permute(const AnabranchPermuteParams* params, AnabranchStream stream);
+
+// Rows of x in permuted order.
+typedef struct AnabranchPermuteRowsParams {
+  uint64_t num_tokens;
+  // R: rows of out.
+  uint64_t num_rows;
+  uint32_t topk;
+  // d, a multiple of 8.
+  uint32_t hidden_size;
+  // [T, d] bf16, aligned to 16.
+  const void* x;
+  // [R], as anabranch_permute writes them.
+  const uint32_t* slots;
+  // [R, d] bf16, aligned to 16; zeros in a row whose slot is no token's.
+  void* out;
+} AnabranchPermuteRowsParams;
+
+AnabranchStatus anabranch_permute_rows(const AnabranchPermuteRowsParams* params, AnabranchStream stream);
+
+// ---- combine ----
+
+// out[t] = sum_k topk_weights[t, k] * y[inverse[t, k]] + sigmoid(shared_gate[t]) * shared[t]
+typedef struct AnabranchCombineParams {
+  uint64_t num_tokens;
+  // R, at most 2^31 - 1: rows of y. A pair whose row is not one of them adds nothing.
+  uint64_t num_rows;
+  // K, 1 to 32.
+  uint32_t topk;
+  // d, a multiple of 8.
+  uint32_t hidden_size;
+  // [R, d] bf16, aligned to 16.
+  const void* y;
+  // [T, K]
+  const int32_t* inverse;
+  // [T, K]
+  const float* topk_weights;
+  // [T, d] bf16, aligned to 16, or null.
+  const void* shared;
+  // [T]: logits of the shared experts' gate, or null for a factor of one.
+  const float* shared_gate;
+  // [T, d], aligned to 16, bf16 or f32.
+  void* out;
+  AnabranchDtype out_dtype;
+} AnabranchCombineParams;
+
+AnabranchStatus anabranch_combine(const AnabranchCombineParams* params, AnabranchStream stream);
+
+// ---- block: what stands between the products of a transformer block ----
+
+// out = x / sqrt(mean(x^2) + eps) * weight over rows of `width`, in float32; x += delta before, where delta is given,
+// and what is normed is the sum as bf16 holds it. A token has num_heads rows, one after another; the next token's begin
+// x_stride (out_stride) elements on. out may be x.
+typedef struct AnabranchRmsNormParams {
+  uint64_t num_tokens;
+  uint32_t num_heads;
+  // A multiple of 8, at most 65,536.
+  uint32_t width;
+  // [T, num_heads, width] bf16 with rows aligned to 16; written only where delta is given.
+  void* x;
+  // Elements, a multiple of 8, at least num_heads * width.
+  uint64_t x_stride;
+  // [T, num_heads, width] bf16, strided as x and aligned to 16, or null.
+  const void* delta;
+  // [width], bf16 or f32, aligned to 16.
+  const void* weight;
+  AnabranchDtype weight_dtype;
+  float eps;
+  // [T, num_heads, width] bf16 with rows aligned to 16.
+  void* out;
+  uint64_t out_stride;
+} AnabranchRmsNormParams;
+
+AnabranchStatus anabranch_rms_norm(const AnabranchRmsNormParams* params, AnabranchStream stream);
+
+typedef enum AnabranchRopeLayout {
+  // Element i turns with i + rotary_dim / 2.
+  ANABRANCH_ROPE_LAYOUT_HALF = 0,
+  // Element 2 i turns with 2 i + 1.
+  ANABRANCH_ROPE_LAYOUT_INTERLEAVED = 1,
+} AnabranchRopeLayout;
+
+// Heads of every token: bf16, a token's heads one after another, the next token's `stride` elements on. No heads: the
+// pointer may be null.
+typedef struct AnabranchHeads {
+  void* data;
+  uint64_t stride;
+  uint32_t num_heads;
+  uint32_t head_dim;
+  // The first element of a head that is rotated.
+  uint32_t first;
+} AnabranchHeads;
+
+// Rotates q in place and writes rotated keys, and values as they are, into a cache. Before that everything is clamped
+// to
+// [-clip, clip].
+typedef struct AnabranchRopeParams {
+  uint64_t num_tokens;
+  AnabranchRopeLayout layout;
+  // Even; `first + rotary_dim` is at most head_dim.
+  uint32_t rotary_dim;
+  // [rotary_dim / 2]: radians a position.
+  const float* frequencies;
+  // Multiplies cos and sin.
+  float attention_factor;
+  // Positive; infinity for no clamp.
+  float clip;
+  // [T]
+  const int32_t* positions;
+  // Rotated in place.
+  AnabranchHeads q;
+  // Read only.
+  AnabranchHeads k;
+  // Read only; `first` is not looked at.
+  AnabranchHeads v;
+  // [T]: the cache's row of each token; outside of the cache, its keys and values are not written. No two tokens share
+  // one.
+  const int32_t* cache_rows;
+  uint64_t num_cache_rows;
+  // [num_cache_rows, k.num_heads, k.head_dim] and [num_cache_rows, v.num_heads, v.head_dim] bf16.
+  void* k_cache;
+  void* v_cache;
+} AnabranchRopeParams;
+
+AnabranchStatus anabranch_rope(const AnabranchRopeParams* params, AnabranchStream stream);
+
+// out[t] = table[ids[t]]
+typedef struct AnabranchEmbeddingParams {
+  uint64_t num_tokens;
+  // At most 2^31.
+  uint64_t vocab_size;
+  // d, a multiple of 8.
+  uint32_t hidden_size;
+  // [vocab_size, d] bf16, aligned to 16.
+  const void* table;
+  // [T]
+  const uint32_t* ids;
+  // [T, d] bf16, aligned to 16; NaN in a row whose id is not below vocab_size.
+  void* out;
+} AnabranchEmbeddingParams;
+
+AnabranchStatus anabranch_embedding(const AnabranchEmbeddingParams* params, AnabranchStream stream);
+
+// x += y, in float32, rounded once.
+typedef struct AnabranchAddParams {
+  uint64_t num_elements;
+  // bf16, aligned to 2; any number of elements.
+  void* x;
+  const void* y;
+} AnabranchAddParams;
+
+AnabranchStatus anabranch_add(const AnabranchAddParams* params, AnabranchStream stream);
+
+// ---- sampling ----
+
+// ids[b] = the first of the largest logits[b, :]
+typedef struct AnabranchArgmaxParams {
+  // B, with B * ceil(V / 8192) below 2^31.
+  uint64_t num_rows;
+  // V, 1 to 2^31 - 1.
+  uint64_t vocab_size;
+  // [B, V], bf16 or f32.
+  const void* logits;
+  AnabranchDtype logits_dtype;
+  // [B]; -1 where a logit is NaN or plus infinity, or all are minus infinity: there is nothing to choose by.
+  int32_t* ids;
+  // Aligned to 8.
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchArgmaxParams;
+
+// Bytes of workspace that anabranch_argmax needs for up to num_rows rows. `bytes` is a host pointer.
+AnabranchStatus anabranch_argmax_workspace(uint64_t num_rows, uint64_t vocab_size, uint64_t* bytes);
+
+AnabranchStatus anabranch_argmax(const AnabranchArgmaxParams* params, AnabranchStream stream);
+
+// Draws ids[b] from logits[b, :] after repetition penalty, temperature, top-k, top-p and min-p, in this order.
+typedef struct AnabranchSampleParams {
+  // B, below 2^31.
+  uint64_t num_rows;
+  // V, 1 to 2^22.
+  uint64_t vocab_size;
+  // [B, V], bf16 or f32.
+  const void* logits;
+  AnabranchDtype logits_dtype;
+  // At least 0; 0 for the most probable token.
+  float temperature;
+  // 0 for no limit.
+  uint32_t top_k;
+  // Above 0, at most 1.
+  float top_p;
+  // At least 0, below 1.
+  float min_p;
+  // Above 0; 1 for none.
+  float repetition_penalty;
+  // [B] in [0, 1): where in the distribution to draw. Null only if the temperature is 0.
+  const float* u;
+  // [B, ceil(V / 32)]: bit i % 32 of word i / 32 is set if token i was seen; the drawn one's is set. Null only without
+  // a penalty.
+  uint32_t* seen;
+  // [B]; -1 where a logit is NaN or plus infinity, or all are minus infinity.
+  int32_t* ids;
+} AnabranchSampleParams;
+
+AnabranchStatus anabranch_sample(const AnabranchSampleParams* params, AnabranchStream stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,7 +4,14 @@
 //! `ANABRANCH_CASES` is the number of cases of each property (512), `ANABRANCH_GOLDEN` the folder of golden data,
 //! and `ANABRANCH_REQUIRE_GPU=1` makes a missing GPU a failure.
 
+mod combine;
 #[path = "../common/layers.rs"]
 mod layers;
+mod numbers;
+mod permute;
+mod rms_norm;
+mod rope;
 mod router;
+mod rows;
+mod sampling;
 mod support;
