@@ -9,7 +9,9 @@
 //! Who brings buffers of their own passes views of cudarc's: [`View::new`], [`ViewMut::new`], [`Stream::from_cudarc`].
 
 mod device;
+mod grouped_gemm;
 mod launch;
+mod linear;
 mod router;
 mod stream;
 mod sys;
@@ -18,6 +20,8 @@ mod tensor;
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
 pub use device::Device;
+pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
+pub use linear::{LinearInput, linear, linear_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
 pub use stream::Stream;
 pub use tensor::{Element, Shape, Tensor, View, ViewMut};

@@ -5,9 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anabranch::{
-    Adaptive, Capacity, Dtype, GroupLimit, GroupScore, Renormalize, Routing, Score, reference::Matrix,
-};
+use anabranch::{Adaptive, Capacity, Dtype, GroupLimit, GroupScore, Renormalize, Routing, Score, reference::Matrix};
 use safetensors::SafeTensors;
 use serde_json::Value;
 

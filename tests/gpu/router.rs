@@ -268,10 +268,7 @@ fn bad_calls_are_refused_before_anything_is_launched() {
         };
         assert_eq!(refused([3, 9], None, None), "router: logits must be [3, 8], got [3, 9]");
         assert_eq!(refused([3, 8], Some(7), None), "router: selection_bias must be [8], got [7]");
-        assert_eq!(
-            refused([3, 8], None, Some(3)),
-            "router: complexity must be absent with Adaptive::Fixed, got given"
-        );
+        assert_eq!(refused([3, 8], None, Some(3)), "router: complexity must be absent with Adaptive::Fixed, got given");
     });
 }
 

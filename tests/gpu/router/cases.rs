@@ -142,9 +142,13 @@ fn any_routing(experts: usize) -> impl Strategy<Value = Routing> {
 fn any_limit(experts: usize) -> impl Strategy<Value = Option<GroupLimit>> {
     let divisors: Vec<usize> = (1..=experts).filter(|groups| experts.is_multiple_of(*groups)).collect();
     let limit = prop::sample::select(divisors).prop_flat_map(move |n_group| {
-        let scores = if experts / n_group < 2 { vec![GroupScore::Max] } else { vec![GroupScore::Max, GroupScore::Top2Sum] };
-        (1..=n_group, prop::sample::select(scores))
-            .prop_map(move |(topk_group, score)| GroupLimit { n_group, topk_group, score })
+        let scores =
+            if experts / n_group < 2 { vec![GroupScore::Max] } else { vec![GroupScore::Max, GroupScore::Top2Sum] };
+        (1..=n_group, prop::sample::select(scores)).prop_map(move |(topk_group, score)| GroupLimit {
+            n_group,
+            topk_group,
+            score,
+        })
     });
     prop_oneof![Just(None), limit.prop_map(Some)]
 }

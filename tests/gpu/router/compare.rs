@@ -154,7 +154,10 @@ fn may_differ(
     for (got, expected) in differing {
         let (a, b) = (*got as usize, *expected as usize);
         if (select.score[a] - select.score[b]).abs() > select.slack[a].max(select.slack[b]) {
-            return Err(format!("{got} is chosen where {expected} belongs: {} and {}", select.score[a], select.score[b]));
+            return Err(format!(
+                "{got} is chosen where {expected} belongs: {} and {}",
+                select.score[a], select.score[b]
+            ));
         }
     }
     Ok(())
@@ -189,7 +192,8 @@ impl Selection {
     fn groups_may_differ(&self, routing: &Routing) -> bool {
         let Some(limit) = routing.group_limit() else { return false };
         let size = routing.num_experts() / limit.n_group;
-        let mut groups: Vec<(f64, f64)> = self.score.chunks_exact(size).zip(self.slack.chunks_exact(size)).map(group(limit.score)).collect();
+        let mut groups: Vec<(f64, f64)> =
+            self.score.chunks_exact(size).zip(self.slack.chunks_exact(size)).map(group(limit.score)).collect();
         groups.sort_by(|a, b| b.0.total_cmp(&a.0));
         let Some(next) = groups.get(limit.topk_group) else { return false };
         let last = groups[limit.topk_group - 1];
