@@ -32,7 +32,8 @@ pub(crate) fn compile(nvcc: &Nvcc, targets: &Targets, cache: &Path, out: &Path) 
         .collect::<Result<Vec<_>, String>>()?;
 
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
-    let jobs = jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, NonZero::get)).clamp(1, units.len().max(1));
+    let jobs =
+        jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, NonZero::get)).clamp(1, units.len().max(1));
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..jobs {
@@ -117,7 +118,8 @@ impl Unit {
         }
         // Two builds may run at once: each writes files of its own and renames them.
         let own = format!("{}.tmp", std::process::id());
-        let (object, depends) = (self.object.with_extension(format!("o.{own}")), self.object.with_extension(format!("d.{own}")));
+        let (object, depends) =
+            (self.object.with_extension(format!("o.{own}")), self.object.with_extension(format!("d.{own}")));
         let output = {
             let mut command = self.command.lock().map_err(|_| format!("{}: a compiling thread stopped", self.name))?;
             command.arg("-o").arg(&object).arg("-MD").arg("-MF").arg(&depends);
@@ -194,10 +196,14 @@ fn link(nvcc: &Nvcc, out: &Path) -> Result<(), String> {
     let real = fs::canonicalize(&nvcc.path).unwrap_or_else(|_| nvcc.path.clone());
     let toolkit = real.ancestors().nth(2).unwrap_or(Path::new("/"));
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
-    let targets = if arch == "aarch64" { "targets/sbsa-linux/lib".to_owned() } else { format!("targets/{arch}-linux/lib") };
+    let targets =
+        if arch == "aarch64" { "targets/sbsa-linux/lib".to_owned() } else { format!("targets/{arch}-linux/lib") };
     let places = [toolkit.join("lib64"), toolkit.join(targets), toolkit.join("lib")];
     let Some(cudart) = places.iter().find(|folder| folder.join("libcudart_static.a").is_file()) else {
-        return Err(format!("there is no libcudart_static.a in {}: install the CUDA runtime beside nvcc", toolkit.display()));
+        return Err(format!(
+            "there is no libcudart_static.a in {}: install the CUDA runtime beside nvcc",
+            toolkit.display()
+        ));
     };
     println!("cargo::rustc-link-search=native={}", out.display());
     println!("cargo::rustc-link-search=native={}", cudart.display());

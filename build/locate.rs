@@ -57,8 +57,10 @@ impl Nvcc {
     /// Runs `nvcc --version`. The error is a phrase: what was found instead.
     fn probe(path: &Path) -> Result<Self, String> {
         let shown = path.display();
-        let output =
-            Command::new(path).arg("--version").output().map_err(|error| format!("{shown}, which does not start: {error}"))?;
+        let output = Command::new(path)
+            .arg("--version")
+            .output()
+            .map_err(|error| format!("{shown}, which does not start: {error}"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let release = text.split("release ").nth(1).and_then(|rest| rest.split(',').next()).unwrap_or_default();
         let mut numbers = release.split('.').map(|number| number.trim().parse::<u32>());

@@ -8,7 +8,7 @@ use anabranch::{
 };
 use criterion::{BenchmarkId, Criterion, Throughput};
 
-use crate::timing::{Launches, sets};
+use crate::timing::{Launches, Noise, sets};
 
 const TOKENS: [usize; 6] = [1, 16, 128, 1024, 4096, 16_384];
 
@@ -31,11 +31,7 @@ fn models() -> Vec<Model> {
             rule: Routing::builder(160, 6).scale(16.0).group_limit(grouped(8, 3, GroupScore::Max)),
             bias: false,
         },
-        Model {
-            name: "deepseek-v3",
-            rule: deepseek_v3.group_limit(grouped(8, 4, GroupScore::Top2Sum)),
-            bias: true,
-        },
+        Model { name: "deepseek-v3", rule: deepseek_v3.group_limit(grouped(8, 4, GroupScore::Top2Sum)), bias: true },
         Model { name: "kimi-k2", rule: Routing::builder(384, 8).score(Score::Sigmoid).renormalize(sum), bias: true },
         Model { name: "qwen3-next", rule: Routing::builder(512, 10).renormalize(sum), bias: false },
     ]
@@ -97,14 +93,7 @@ fn launches(stream: &Stream, routing: &Routing, bias: bool, tokens: usize, bytes
     launches
 }
 
-/// Standard normal values, always the same: Box-Muller over a multiplicative generator.
 fn normal(count: usize) -> Vec<f32> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut uniform = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        ((state >> 40) as f32 + 0.5) / (1_u64 << 24) as f32
-    };
-    (0..count).map(|_| (-2.0 * uniform().ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos()).collect()
+    let mut noise = Noise::default();
+    (0..count).map(|_| noise.normal()).collect()
 }

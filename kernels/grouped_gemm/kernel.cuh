@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) multiply(c
     }
     Store<Tile, kEpilogue>::tile(args, schedule.at(tile, Load::kWidth), sums, warp_m, warp_n);
   }
+  // Zeros may still be on their way to shared memory that is about to be another block's.
+  ptx::cp_async_wait<0>();
 }
 
 // What the launch needs to know of the device.

@@ -19,44 +19,40 @@ class Loader {
 
   // `stages` and `rows` are shared memory: kStages * kStageBytes, and kM words.
   __device__ __forceinline__ Loader(const Args& args, const Schedule<Tile>& schedule, uint32_t stages, uint32_t* rows)
-      : args_(args), schedule_(schedule), rows_(rows), tile_(blockIdx.x), depth_(0) {
+      : args_(args), schedule_(schedule), rows_(rows), tile_(blockIdx.x - gridDim.x), depth_(args.depth), stage_(0) {
     const uint32_t row = threadIdx.x / 8;
-    chunk_ = threadIdx.x % 8;
-    target_ = stages + row * kRowBytes + (chunk_ ^ (row % 8)) * 16;
-    stage_ = 0;
+    target_ = stages + row * kRowBytes + (threadIdx.x % 8 ^ row % 8) * 16;
   }
 
   // Before the four quarters of a step. All threads of the block call everything here, together.
   __device__ __forceinline__ void begin() {
-    if (depth_ >= args_.depth) {
-      depth_ = 0;
-      tile_ += gridDim.x;
-    }
-    if (depth_ == 0) open();
+    if (depth_ < args_.depth) return;
+    tile_ += gridDim.x;
+    // Past the last tile depth_ stays out of range: zeros are written that nobody reads.
+    if (tile_ < schedule_.tiles()) open();
   }
 
-  // Quarter kQuarter of the step's copies: spread over the slices of a step of products.
+  // Quarter kQuarter of the step's copies: spread over the slices of a step of products. Addresses of what is out of
+  // range are wild, and not read from.
   template <uint32_t kQuarter>
   __device__ __forceinline__ void copy() const {
-    if (tile_ >= schedule_.tiles()) return;
     constexpr uint32_t kPasses = Tile::kPassesA + Tile::kPassesB;
-    const uint32_t column = depth_ + chunk_ * 8;
+    constexpr uint32_t kColumnsPerPass = kPaired ? Tile::kRowsPerPass / 2 : Tile::kRowsPerPass;
+    const uint32_t column = depth_ + threadIdx.x % 8 * 8;
     const bool inside = column < args_.depth;
+    const uint32_t pitch = args_.depth * 2;
     const uint32_t target = target_ + stage_ * Tile::kStageBytes;
 #pragma unroll
     for (uint32_t pass = kPasses * kQuarter / 4; pass < kPasses * (kQuarter + 1) / 4; ++pass) {
+      const uint32_t to = target + pass * Tile::kRowsPerPass * kRowBytes;
       if (pass < Tile::kPassesA) {
         const uint32_t row = rows_[threadIdx.x / 8 + pass * Tile::kRowsPerPass];
-        const bool valid = inside && row != kNone;
-        const __nv_bfloat16* source = args_.x + (valid ? static_cast<uint64_t>(row) * args_.depth + column : 0);
-        ptx::cp_async_16(target + pass * Tile::kRowsPerPass * kRowBytes, source, valid);
+        const char* from = reinterpret_cast<const char*>(args_.x + column) + static_cast<uint64_t>(row) * pitch;
+        ptx::cp_async_16(to, from, inside && row != kNone);
       } else {
-        constexpr uint32_t kColumnsPerPass = kPaired ? Tile::kRowsPerPass / 2 : Tile::kRowsPerPass;
         const uint32_t skipped = (pass - Tile::kPassesA) * kColumnsPerPass;
-        const bool valid = inside && first_column_ + skipped < args_.columns;
-        const __nv_bfloat16* source =
-            valid ? weights_ + static_cast<uint64_t>(skipped) * args_.depth + column : args_.weights;
-        ptx::cp_async_16(target + pass * Tile::kRowsPerPass * kRowBytes, source, valid);
+        const char* from = reinterpret_cast<const char*>(weights_ + column) + static_cast<uint64_t>(skipped) * pitch;
+        ptx::cp_async_16(to, from, inside && first_column_ + skipped < args_.columns);
       }
     }
   }
@@ -82,7 +78,7 @@ class Loader {
 
   // Looks up the tile's rows and this thread's rows of weights.
   __device__ __forceinline__ void open() {
-    if (tile_ >= schedule_.tiles()) return;
+    depth_ = 0;
     const TileAt at = schedule_.at(tile_, kWidth);
     __syncthreads();  // nobody reads the rows of the tile before
     if (threadIdx.x < Tile::kM) {
@@ -107,9 +103,8 @@ class Loader {
   uint32_t first_column_;
   uint32_t tile_;
   uint32_t depth_;
-  uint32_t chunk_;
-  uint32_t target_;
   uint32_t stage_;
+  uint32_t target_;
 };
 
 }  // namespace anabranch::grouped_gemm
