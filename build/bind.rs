@@ -53,7 +53,6 @@ pub(crate) fn child(header: &Path) -> Result<(), String> {
         // A C enum may hold any value: a newtype says so, a Rust enum would be undefined behaviour.
         .default_enum_style(bindgen::EnumVariation::NewType { is_bitfield: false, is_global: false })
         .prepend_enum_name(false)
-        .derive_default(true)
         .merge_extern_blocks(true)
         .generate_comments(true)
         .layout_tests(false)

@@ -7,6 +7,7 @@ mod error;
 pub mod reference;
 mod rope;
 mod routing;
+mod sampling;
 
 pub use dtype::{Dtype, f8e4m3_to_f32};
 pub use error::{Error, Result};
@@ -14,3 +15,4 @@ pub use rope::{Rope, RopeLayout, RopeScaling, yarn_mscale};
 pub use routing::{
     Adaptive, Capacity, GroupLimit, GroupScore, MAX_EXPERTS, MAX_TOPK, Renormalize, Routing, RoutingBuilder, Score,
 };
+pub use sampling::{Sampling, SamplingBuilder};

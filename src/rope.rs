@@ -8,7 +8,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RopeLayout {
-    /// Element `i` with `i + rotary_dim / 2` (`rotate_half`: LLaMA, Mixtral, Qwen, OLMoE, GLM, `DeepSeekMoE` V1).
+    /// Element `i` with `i + rotary_dim / 2` (`rotate_half`: LLaMA, Mixtral, Qwen, OLMoE, GLM, DeepSeekMoE V1).
     Half,
     /// Element `2i` with `2i + 1` (DeepSeek-V2 and V3).
     Interleaved,
@@ -36,7 +36,7 @@ pub enum RopeScaling {
         /// Context length of pretraining.
         original_context: usize,
     },
-    /// `YaRN` (arXiv 2309.00071).
+    /// YaRN (arXiv 2309.00071).
     Yarn {
         /// Context extension, at least 1.
         factor: f64,
@@ -53,13 +53,13 @@ pub enum RopeScaling {
     },
 }
 
-/// `YaRN`'s attention temperature `0.1 a ln(s) + 1` for a context extension `s > 1`, else 1 (arXiv 2309.00071, eq. 22;
+/// YaRN's attention temperature `0.1 a ln(s) + 1` for a context extension `s > 1`, else 1 (arXiv 2309.00071, eq. 22;
 /// `a` is DeepSeek's `mscale`).
 pub fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
     if factor > 1.0 { 0.1 * mscale * factor.ln() + 1.0 } else { 1.0 }
 }
 
-/// A rotary embedding (`RoFormer`, arXiv 2104.09864): pair `i` of position `p` turns by `p * theta^(-2i / rotary_dim)`.
+/// A rotary embedding (RoFormer, arXiv 2104.09864): pair `i` of position `p` turns by `p * theta^(-2i / rotary_dim)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rope {
     rotary_dim: usize,
@@ -127,7 +127,7 @@ impl Rope {
         self.scaling
     }
 
-    /// What cos and sin are multiplied with: 1 except under `YaRN`.
+    /// What cos and sin are multiplied with: 1 except under YaRN.
     pub fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn { attention_factor, .. } => attention_factor,
@@ -179,7 +179,7 @@ impl Rope {
 mod tests {
     use super::*;
 
-    /// DeepSeek's published `YaRN`: of 32 frequencies, the first ten are kept and from the 23rd on all are divided by 40.
+    /// DeepSeek's published YaRN: of 32 frequencies, the first ten are kept and from the 23rd on all are divided by 40.
     #[test]
     fn yarn_ramp_of_deepseek() {
         let scaling = RopeScaling::Yarn {

@@ -11,7 +11,7 @@ pub const MAX_TOPK: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Score {
-    /// Softmax over all experts, then top-k (`DeepSeekMoE` eq. 11, GShard, Switch, Mixtral, Qwen, OLMoE).
+    /// Softmax over all experts, then top-k (DeepSeekMoE eq. 11, GShard, Switch, Mixtral, Qwen, OLMoE).
     Softmax,
     /// Sigmoid of each logit, then top-k (DeepSeek-V3 eq. 15).
     Sigmoid,
@@ -24,7 +24,7 @@ pub enum Score {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Renormalize {
-    /// They stay as they are (`DeepSeekMoE` V1, OLMoE, Switch).
+    /// They stay as they are (DeepSeekMoE V1, OLMoE, Switch).
     #[default]
     None,
     /// They are divided by their sum + 1e-20, so that a token's weights sum to one (DeepSeek-V3, Mixtral, Qwen3, GShard).

@@ -1,4 +1,4 @@
-//! The reference against MoE layers that PyTorch computed in float64 (tests/golden/generate_layer.py).
+//! The reference against MoE layers that PyTorch computed in float64 (`tests/golden/generate_layer.py`).
 
 #[path = "common/layers.rs"]
 mod layers;

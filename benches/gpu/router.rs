@@ -59,38 +59,47 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         for tokens in TOKENS {
             let bytes = 4 * tokens * (routing.num_experts() + 2 * routing.topk());
             group.throughput(Throughput::BytesDecimal(bytes as u64));
+            let point = Point::new(&stream, &routing, model.bias, tokens, bytes);
             group.bench_function(BenchmarkId::new(model.name, tokens), |bencher| {
-                let launches = launches(&stream, &routing, model.bias, tokens, bytes);
-                bencher.iter_custom(|iterations| launches.time(&stream, iterations));
+                bencher.iter_custom(|iterations| point.launches.time(&stream, iterations));
             });
         }
     }
     group.finish();
 }
 
-fn launches(stream: &Stream, routing: &Routing, bias: bool, tokens: usize, bytes: usize) -> Launches {
-    let experts = routing.num_experts();
-    let noise = normal(tokens * experts);
-    let mut all: Vec<Set> = (0..sets(stream, bytes))
-        .map(|_| Set {
-            logits: stream.upload([tokens, experts], &noise).unwrap(),
-            output: RouterOutput::alloc(stream, routing, tokens).unwrap(),
-        })
-        .collect();
-    let bias = bias.then(|| stream.upload([experts], &normal(experts)).unwrap());
-    let mut workspace = stream.zeros::<u8>([router_workspace(routing, tokens).unwrap()]).unwrap();
-    let launches = Launches::capture(stream, all.len(), |set| {
-        let Set { logits, output } = &mut all[set];
-        let input = RouterInput {
-            logits: logits.view(),
-            selection_bias: bias.as_ref().map(|bias| bias.view()),
-            complexity: None,
-        };
-        router_into(stream, routing, &input, &mut workspace.view_mut(), &mut output.buffers()).unwrap();
-    });
-    // The graph holds their addresses: they live as long as the program.
-    std::mem::forget((all, bias, workspace));
-    launches
+/// One shape, ready to run.
+struct Point {
+    launches: Launches,
+    // The graph holds the addresses of these.
+    _sets: Vec<Set>,
+    _bias: Option<Tensor<f32>>,
+    _workspace: Tensor<u8>,
+}
+
+impl Point {
+    fn new(stream: &Stream, routing: &Routing, bias: bool, tokens: usize, bytes: usize) -> Self {
+        let experts = routing.num_experts();
+        let noise = normal(tokens * experts);
+        let mut sets: Vec<Set> = (0..sets(stream, bytes))
+            .map(|_| Set {
+                logits: stream.upload([tokens, experts], &noise).unwrap(),
+                output: RouterOutput::alloc(stream, routing, tokens).unwrap(),
+            })
+            .collect();
+        let bias = bias.then(|| stream.upload([experts], &normal(experts)).unwrap());
+        let mut workspace = stream.zeros::<u8>([router_workspace(routing, tokens).unwrap()]).unwrap();
+        let launches = Launches::capture(stream, sets.len(), |set| {
+            let Set { logits, output } = &mut sets[set];
+            let input = RouterInput {
+                logits: logits.view(),
+                selection_bias: bias.as_ref().map(Tensor::view),
+                complexity: None,
+            };
+            router_into(stream, routing, &input, &mut workspace.view_mut(), &mut output.buffers()).unwrap();
+        });
+        Self { launches, _sets: sets, _bias: bias, _workspace: workspace }
+    }
 }
 
 fn normal(count: usize) -> Vec<f32> {

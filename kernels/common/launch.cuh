@@ -14,8 +14,8 @@ inline AnabranchStatus status_of(cudaError_t error) {
                               : static_cast<AnabranchStatus>(ANABRANCH_STATUS_CUDA + static_cast<int>(error));
 }
 
-// What a runtime call answered. The runtime also keeps a failure for the next caller to trip over: it is taken back here,
-// so that an error is reported once, by the operation that met it.
+// What a runtime call answered. The runtime also keeps a failure for the next caller to trip over: it is taken back
+// here, so that an error is reported once, by the operation that met it.
 inline AnabranchStatus checked(cudaError_t error) {
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   return status_of(error);
@@ -35,8 +35,8 @@ inline cudaError_t multiprocessors(int* count) {
 }  // namespace anabranch
 
 // Returns from the launcher unless the expression, a status, is OK.
-#define ANABRANCH_TRY(expression)                                     \
-  do {                                                                \
-    const AnabranchStatus anabranch_try_status = (expression);        \
+#define ANABRANCH_TRY(expression)                                                 \
+  do {                                                                            \
+    const AnabranchStatus anabranch_try_status = (expression);                    \
     if (anabranch_try_status != ANABRANCH_STATUS_OK) return anabranch_try_status; \
   } while (0)

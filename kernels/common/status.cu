@@ -4,13 +4,20 @@
 
 extern "C" const char* anabranch_status_text(AnabranchStatus status) {
   switch (status) {
-    case ANABRANCH_STATUS_OK: return "no error";
-    case ANABRANCH_STATUS_POINTER: return "a pointer is missing, or given where none belongs";
-    case ANABRANCH_STATUS_ALIGNMENT: return "a pointer is not aligned";
-    case ANABRANCH_STATUS_SETTING: return "a size or setting is out of range or contradicts another";
-    case ANABRANCH_STATUS_WORKSPACE: return "the workspace is too small";
-    case ANABRANCH_STATUS_UNSUPPORTED: return "there is no kernel for this data type, shape or architecture";
-    default: break;
+    case ANABRANCH_STATUS_OK:
+      return "no error";
+    case ANABRANCH_STATUS_POINTER:
+      return "a pointer is missing, or given where none belongs";
+    case ANABRANCH_STATUS_ALIGNMENT:
+      return "a pointer is not aligned";
+    case ANABRANCH_STATUS_SETTING:
+      return "a size or setting is out of range or contradicts another";
+    case ANABRANCH_STATUS_WORKSPACE:
+      return "the workspace is too small";
+    case ANABRANCH_STATUS_UNSUPPORTED:
+      return "there is no kernel for this data type, shape or architecture";
+    default:
+      break;
   }
   if (status < ANABRANCH_STATUS_CUDA) return "unknown status";
   return cudaGetErrorString(static_cast<cudaError_t>(status - ANABRANCH_STATUS_CUDA));

@@ -97,7 +97,7 @@ typedef struct AnabranchRouting {
 // From logits to expert ids, weights and counts.
 typedef struct AnabranchRouterParams {
   AnabranchRouting routing;
-  // T, at most 2^31 - 1 with T * K below 2^36.
+  // T; T * K is below 2^31.
   uint64_t num_tokens;
   // [T, E]
   const float* logits;

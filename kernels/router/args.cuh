@@ -36,8 +36,8 @@ struct Args {
   Groups groups;
 };
 
-// How a kernel with so many values a lane is launched. Shared memory of a block stays under 48 KiB at any setting, and the
-// resident warps hide the load of a row: 48 a multiprocessor up to 256 experts.
+// How a kernel with so many values a lane is launched. Shared memory of a block stays under 48 KiB at any setting, and
+// the resident warps hide the load of a row: 48 a multiprocessor up to 256 experts.
 template <int kValues>
 struct Tile {
   static constexpr uint32_t kThreads = kValues <= 8 ? 512 : kValues == 16 ? 256 : 128;

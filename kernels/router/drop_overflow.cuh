@@ -1,9 +1,9 @@
 // Capacity: an expert accepts only so many tokens, slot 0 of every token before slot 1 of any, tokens in order (GShard,
 // arXiv 2006.16668, algorithm 1). What comes too late gets id -1 and weight 0.
 //
-// One block an expert; those within capacity, most of them, return at once. An overfull one reads all ids twice: first it
-// counts its tokens slot by slot, which tells in which slot the last place goes; then it drops every later slot, and of
-// that one all but the first tokens, in order. Integer counts only: the result does not depend on timing.
+// One block an expert; those within capacity, most of them, return at once. An overfull one reads all ids twice: first
+// it counts its tokens slot by slot, which tells in which slot the last place goes; then it drops every later slot, and
+// of that one all but the first tokens, in order. Integer counts only: the result does not depend on timing.
 #pragma once
 
 #include "common/warp.cuh"
@@ -13,8 +13,8 @@ namespace anabranch::router {
 constexpr uint32_t kDropThreads = 512;
 constexpr uint32_t kMaxSlots = 32;
 
-__global__ void __launch_bounds__(kDropThreads)
-    drop_overflow(int32_t* ids, float* weights, uint32_t* counts, uint32_t num_slots, uint32_t topk, uint32_t capacity) {
+__global__ void __launch_bounds__(kDropThreads) drop_overflow(int32_t* ids, float* weights, uint32_t* counts,
+                                                              uint32_t num_slots, uint32_t topk, uint32_t capacity) {
   const uint32_t expert = blockIdx.x;
   if (counts[expert] <= capacity) return;
   constexpr uint32_t kWarps = kDropThreads / kWarpSize;

@@ -1,5 +1,5 @@
-// Group-limited routing: experts outside a token's best groups are masked with minus infinity (DeepSeek-V2 section 2.2.2,
-// DeepSeek-V3's noaux_tc).
+// Group-limited routing: experts outside a token's best groups are masked with minus infinity (DeepSeek-V2
+// section 2.2.2, DeepSeek-V3's noaux_tc).
 #pragma once
 
 #include "common/warp.cuh"
@@ -61,7 +61,8 @@ __device__ __forceinline__ void limit_aligned(const Groups& groups, float (&valu
 
 // Any groups. `row` and `score` are this warp's shared memory; row[e] holds expert e's value.
 template <int kValues>
-__device__ void limit_any(const Groups& groups, float (&value)[kValues], uint32_t lane, const float* row, float* score) {
+__device__ void limit_any(const Groups& groups, float (&value)[kValues], uint32_t lane, const float* row,
+                          float* score) {
   for (uint32_t group = lane; group < groups.count; group += kWarpSize) {
     Best best;
     for (uint32_t i = 0; i < groups.size; ++i) best.add(row[group * groups.size + i]);

@@ -7,15 +7,16 @@
 //
 //   logits [T, E] float32, bias [E] or null, complexity [T] or null -> ids [T, K], weights [T, K], counts [E]
 //
-// Reference: anabranch::reference::router. Architecture: 8.0 and newer (redux.sync). Alignment: elements; rows that start
-// on 16 bytes are read 16 bytes at a time.
+// Reference: anabranch::reference::router. Architecture: 8.0 and newer (redux.sync). Alignment: elements; rows that
+// start on 16 bytes are read 16 bytes at a time.
 //
 // A warp takes a token, lane l experts l * V and following with V = 1, 2, 4, ... 32 values a lane; blocks stay and take
 // further tokens, so that a block's counts, kept in shared memory, are added to the result once. A token costs about
-// 330 instructions a warp at E = 256, K = 8 with groups, 260 at E = 128 without.
+// 370 instructions a warp at E = 256, K = 8 with groups, 300 at E = 128 without.
 //
-// Bounds. Bytes: 4 T (E + 2 K), one read of the logits: T = 16,384, E = 256, K = 8: 18.9 MB, 4.4 us at 4.3 TB/s. Issue: 31
-// tokens a scheduler on 132 multiprocessors, 31 * 330 instructions = 5.2 us at 1.98 GHz; about 100 FLOP a logit are no bound.
+// Bounds. Bytes: 4 T (E + 2 K), one read of the logits: T = 16,384, E = 256, K = 8: 18.9 MB, 4.4 us at 4.3 TB/s. Issue:
+// 31 tokens a scheduler on 132 multiprocessors, 31 * 370 instructions = 5.8 us at 1.98 GHz; about 100 FLOP a logit are
+// no bound.
 
 #include <cmath>
 
@@ -80,9 +81,12 @@ Groups groups_of(const AnabranchRouting& routing, uint32_t values) {
   if (routing.n_group == 0) return {};
   const uint32_t size = routing.num_experts / routing.n_group;
   const uint32_t lanes = size % values == 0 && is_power_of_two(size / values) ? size / values : 0;
-  return {routing.n_group, routing.topk_group,
-          size,            lanes,
-          ((1u << 21) + size - 1) / size, routing.group_score == ANABRANCH_GROUP_SCORE_TOP2_SUM};
+  return {routing.n_group,
+          routing.topk_group,
+          size,
+          lanes,
+          ((1u << 21) + size - 1) / size,
+          routing.group_score == ANABRANCH_GROUP_SCORE_TOP2_SUM};
 }
 
 Args args_of(const AnabranchRouterParams& params, uint32_t values) {

@@ -1,4 +1,5 @@
-// Logits to scores, and the adaptive number of slots. A warp holds a token: lane l has experts l * kValues and following.
+// Logits to scores, and the adaptive number of slots. A warp holds a token: lane l has experts l * kValues and
+// following.
 #pragma once
 
 #include <cmath>
@@ -13,8 +14,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // This lane's part of a row of E floats; minus infinity past its end.
 template <int kValues>
-__device__ __forceinline__ void load_row(float (&value)[kValues], const float* row, uint32_t first, uint32_t num_experts,
-                                         bool wide) {
+__device__ __forceinline__ void load_row(float (&value)[kValues], const float* row, uint32_t first,
+                                         uint32_t num_experts, bool wide) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) value[i] = -INFINITY;
   if constexpr (kValues >= 4) {
@@ -115,15 +116,17 @@ __device__ __forceinline__ uint32_t slots(double complexity, uint32_t topk) {
 template <int kValues>
 __device__ __forceinline__ uint32_t used_slots(const Args& args, const float (&logit)[kValues], uint32_t token) {
   switch (args.adaptive) {
-    case ANABRANCH_ADAPTIVE_COMPLEXITY: return slots(__ldg(args.complexity + token), args.topk);
+    case ANABRANCH_ADAPTIVE_COMPLEXITY:
+      return slots(__ldg(args.complexity + token), args.topk);
     case ANABRANCH_ADAPTIVE_ENTROPY:
       return args.num_experts < 2 ? 1 : slots(entropy_of(logit) / args.log_experts, args.topk);
-    default: return args.topk;
+    default:
+      return args.topk;
   }
 }
 
-// Turns logits into what experts are ranked by, without the group limit: never NaN, minus infinity past the last expert.
-// Additions are written as such: contracted into a multiplication they would round otherwise than elsewhere.
+// Turns logits into what experts are ranked by, without the group limit: never NaN, minus infinity past the last
+// expert. Additions are written as such: contracted into a multiplication they would round otherwise than elsewhere.
 template <int kValues>
 __device__ __forceinline__ void selection_scores(const Args& args, float (&value)[kValues], uint32_t first,
                                                  const Softmax& softmax) {

@@ -1,7 +1,7 @@
 // Top-k of a row that a warp holds, ties to the lower expert.
 //
-// Lane l holds experts l * kValues and following, so the order of lanes, then of values, is the order of experts. A top-k
-// that finds one maximum after another would scan all values K times. Instead:
+// Lane l holds experts l * kValues and following, so the order of lanes, then of values, is the order of experts. A
+// top-k that finds one maximum after another would scan all values K times. Instead:
 //   1. the K-th largest of the lanes' maxima is a bound: K values reach it, so every one of the top K does;
 //   2. the values that reach it, about K + K^2/64 of random ones, move to one lane each, in expert order;
 //   3. K rounds among those lanes rank them.

@@ -28,7 +28,7 @@ impl Device {
     /// [`Error::NoGpu`] if there is no driver, or one that does not work.
     pub fn count() -> Result<usize> {
         require_driver()?;
-        CudaContext::device_count().map(|count| count.unsigned_abs() as usize).map_err(|error| no_gpu(&error))
+        CudaContext::device_count().map(|count| count.unsigned_abs() as usize).map_err(no_gpu)
     }
 
     /// Opens GPU number `ordinal`, counted from 0. Costs tens of milliseconds and some 500 MB of its memory the first time.
@@ -40,7 +40,7 @@ impl Device {
         if ordinal >= count {
             return Err(Error::NoGpu { reason: format!("GPU {ordinal} was asked for, and there are {count}, from 0") });
         }
-        let context = CudaContext::new(ordinal).map_err(|error| no_gpu(&error))?;
+        let context = CudaContext::new(ordinal).map_err(no_gpu)?;
         // SAFETY: cudarc asks that buffers made from here on are not used on two streams without order between them.
         // They are made through `Stream` only, and `launch::pointer` refuses them on any other stream.
         unsafe { context.disable_event_tracking() };
@@ -52,7 +52,7 @@ impl Device {
     /// # Errors
     /// [`Error::NoGpu`] if the GPU or its driver is too old.
     pub fn from_cudarc(context: Arc<CudaContext>) -> Result<Self> {
-        let capability = context.compute_capability().map_err(|error| no_gpu(&error))?;
+        let capability = context.compute_capability().map_err(no_gpu)?;
         if capability < OLDEST {
             let ((major, minor), (oldest_major, oldest_minor)) = (capability, OLDEST);
             return Err(Error::NoGpu {
@@ -70,7 +70,7 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`] if the driver cannot make one.
     pub fn new_stream(&self) -> Result<Stream> {
-        let stream = self.context.new_stream().map_err(|error| driver("new_stream", &error))?;
+        let stream = self.context.new_stream().map_err(|error| driver("new_stream", error))?;
         Ok(Stream::on(self.clone(), stream))
     }
 
@@ -84,7 +84,7 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`] if the driver cannot tell.
     pub fn name(&self) -> Result<String> {
-        self.context.name().map_err(|error| driver("device name", &error))
+        self.context.name().map_err(|error| driver("device name", error))
     }
 
     /// Free and total memory, in bytes.
@@ -92,7 +92,7 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`] if the driver cannot tell.
     pub fn memory(&self) -> Result<(usize, usize)> {
-        self.context.mem_get_info().map_err(|error| driver("device memory", &error))
+        self.context.mem_get_info().map_err(|error| driver("device memory", error))
     }
 
     /// The context, for cudarc.
@@ -111,7 +111,7 @@ fn require_driver() -> Result<()> {
     }
     let mut installed = 0;
     // SAFETY: the driver is there, and this function writes one int.
-    unsafe { cuDriverGetVersion(&raw mut installed) }.result().map_err(|error| no_gpu(&error))?;
+    unsafe { cuDriverGetVersion(&raw mut installed) }.result().map_err(no_gpu)?;
     // SAFETY: the function reads a constant.
     let runtime = unsafe { anabranch_runtime_version() };
     // Within a major release any driver runs any runtime.
@@ -128,7 +128,7 @@ fn require_driver() -> Result<()> {
     Ok(())
 }
 
-fn no_gpu(error: &DriverError) -> Error {
+fn no_gpu(error: DriverError) -> Error {
     let what = error.error_string().map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned());
     Error::NoGpu { reason: format!("the driver says: {what}") }
 }

@@ -30,7 +30,7 @@ pub(super) struct Launch<'a> {
 impl<'a> Launch<'a> {
     /// Makes the stream's context current on this thread, as every launcher needs.
     pub(super) fn begin(operation: &'static str, stream: &'a Stream) -> Result<Self> {
-        stream.device().context().bind_to_thread().map_err(|error| driver(operation, &error))?;
+        stream.device().context().bind_to_thread().map_err(|error| driver(operation, error))?;
         Ok(Self { operation, stream })
     }
 
@@ -112,7 +112,7 @@ pub(super) fn launched(operation: &'static str, status: sys::AnabranchStatus) ->
 }
 
 /// An error of the driver, in its words.
-pub(super) fn driver(operation: &'static str, error: &DriverError) -> Error {
+pub(super) fn driver(operation: &'static str, error: DriverError) -> Error {
     let text = |words: std::result::Result<&CStr, DriverError>| words.map(|text| text.to_string_lossy().into_owned());
     let reason = match (text(error.error_name()), text(error.error_string())) {
         (Ok(name), Ok(string)) => format!("{string} ({name})"),
@@ -122,7 +122,7 @@ pub(super) fn driver(operation: &'static str, error: &DriverError) -> Error {
 }
 
 /// A failed allocation.
-pub(super) fn out_of_memory(device: &Device, asked: usize, error: &DriverError) -> Error {
+pub(super) fn out_of_memory(device: &Device, asked: usize, error: DriverError) -> Error {
     match device.memory() {
         Ok((free, _)) if error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
             Error::OutOfMemory { operation: "alloc", asked, free }

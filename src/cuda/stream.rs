@@ -46,7 +46,7 @@ impl Stream {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if something did; the context is then mostly unusable.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|error| driver("synchronize", &error))
+        self.stream.synchronize().map_err(|error| driver("synchronize", error))
     }
 
     /// New memory full of zeros.
@@ -56,7 +56,7 @@ impl Stream {
     pub fn zeros<T: Element>(&self, shape: impl Into<Shape>) -> Result<Tensor<T>> {
         let shape = shape.into();
         let mut slice = self.alloc(shape.len())?;
-        self.stream.memset_zeros(&mut slice).map_err(|error| driver("zeros", &error))?;
+        self.stream.memset_zeros(&mut slice).map_err(|error| driver("zeros", error))?;
         Ok(Tensor::from_parts(slice, shape))
     }
 
@@ -69,7 +69,7 @@ impl Stream {
         check_len("upload", "host", host.len(), shape.len())?;
         let mut slice = self.alloc(shape.len())?;
         if !host.is_empty() {
-            self.stream.memcpy_htod(host, &mut slice).map_err(|error| driver("upload", &error))?;
+            self.stream.memcpy_htod(host, &mut slice).map_err(|error| driver("upload", error))?;
         }
         Ok(Tensor::from_parts(slice, shape))
     }
@@ -82,7 +82,7 @@ impl Stream {
         let mut host = vec![T::default(); tensor.shape().len()];
         if !host.is_empty() {
             let copied = self.stream.memcpy_dtoh(tensor.cudarc(), &mut host);
-            copied.map_err(|error| driver("download", &error))?;
+            copied.map_err(|error| driver("download", error))?;
         }
         self.synchronize()?;
         Ok(host)
@@ -94,6 +94,6 @@ impl Stream {
         let len = len.max(1);
         // SAFETY: elements are plain numbers, for which any bits are a value; no host code reads them before a copy.
         let slice = unsafe { self.stream.alloc(len) };
-        slice.map_err(|error| out_of_memory(&self.device, len * size_of::<T>(), &error))
+        slice.map_err(|error| out_of_memory(&self.device, len * size_of::<T>(), error))
     }
 }

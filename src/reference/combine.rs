@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::{Permutation, Real};
 use crate::{Result, error::check_len};
 
-/// `out[t] = sum_k weights[t, k] * y[inverse(t, k)]` (`DeepSeekMoE` eq. 9), k ascending, so that the order of the sum is fixed.
+/// `out[t] = sum_k weights[t, k] * y[inverse(t, k)]` (DeepSeekMoE eq. 9), k ascending, so that the order of the sum is fixed.
 ///
 /// `y`: `[rows, d]` in permuted order; `topk_weights`: `[T, K]`. Dropped slots add nothing, whatever their weight.
 ///
@@ -20,11 +20,11 @@ pub fn combine<T: Real>(y: &[T], topk_weights: &[T], permutation: &Permutation, 
         return Ok(out);
     }
     out.par_chunks_exact_mut(hidden_size).enumerate().for_each(|(token, out)| {
-        for slot in token * topk..(token + 1) * topk {
-            if let Some(row) = permutation.inverse()[slot] {
-                let weight = topk_weights[slot];
+        let slots = token * topk..(token + 1) * topk;
+        for (row, weight) in permutation.inverse()[slots.clone()].iter().zip(&topk_weights[slots]) {
+            if let Some(row) = row {
                 let y = &y[row * hidden_size..][..hidden_size];
-                out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * *y);
+                out.iter_mut().zip(y).for_each(|(out, y)| *out += *weight * *y);
             }
         }
     });

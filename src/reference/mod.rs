@@ -17,6 +17,7 @@ mod real;
 mod rms_norm;
 mod rope;
 mod router;
+mod sampling;
 
 pub use attention::{AttentionShape, attention};
 pub use combine::combine;
@@ -31,3 +32,4 @@ pub use real::Real;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rotate};
 pub use router::{RouterOutput, router, scores};
+pub use sampling::{Candidate, candidates, sample};

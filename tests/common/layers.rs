@@ -1,4 +1,4 @@
-//! The golden layers (tests/golden/generate_layer.py), for the reference's tests and the GPU's.
+//! The golden layers, which `tests/golden/generate_layer.py` made, for the reference's tests and the GPU's.
 
 use std::{
     env, fs,

@@ -6,7 +6,7 @@ mod compare;
 use anabranch::{
     Capacity, Error, GroupLimit, GroupScore, Renormalize, Routing, Score,
     cuda::{
-        RouterBuffers, RouterInput, Stream,
+        RouterBuffers, RouterInput, Stream, Tensor,
         cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
         router, router_into, router_workspace,
     },
@@ -261,8 +261,8 @@ fn bad_calls_are_refused_before_anything_is_launched() {
             let (bias, complexity) = (bias.map(values), complexity.map(values));
             let input = RouterInput {
                 logits: logits.view(),
-                selection_bias: bias.as_ref().map(|bias| bias.view()),
-                complexity: complexity.as_ref().map(|complexity| complexity.view()),
+                selection_bias: bias.as_ref().map(Tensor::view),
+                complexity: complexity.as_ref().map(Tensor::view),
             };
             router(stream, &routing, &input).unwrap_err().to_string()
         };

@@ -5,8 +5,6 @@ use std::{fmt, io, process::ExitCode};
 /// Why a command stopped before its end.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// Options that contradict each other or are out of range: exit code 2.
-    Usage(String),
     /// The library refused or failed.
     Model(anabranch_model::Error),
     /// Standard output does not take what is written to it.
@@ -16,7 +14,7 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// Says what happened on stderr and gives the exit code: 1 for a failure, 2 for wrong usage.
+    /// Says what happened on stderr and gives the exit code. (Wrong usage is the argument parser's to report, with 2.)
     ///
     /// A reader that closed the pipe (`anabranch ... | head`) has had all it wanted: silence, and success.
     pub(crate) fn report(&self) -> ExitCode {
@@ -24,14 +22,14 @@ impl Failure {
             return ExitCode::SUCCESS;
         }
         crate::output::complain(&format!("error: {self}"));
-        ExitCode::from(if matches!(self, Self::Usage(_)) { 2 } else { 1 })
+        ExitCode::FAILURE
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Usage(message) | Self::Failed(message) => f.write_str(message),
+            Self::Failed(message) => f.write_str(message),
             Self::Model(error) => error.fmt(f),
             Self::Output(error) => write!(f, "cannot write to standard output: {error}"),
         }

@@ -27,11 +27,6 @@ pub(crate) fn requested() -> bool {
     REQUESTED.load(SeqCst)
 }
 
-/// Stops between two steps if the user asked to.
-pub(crate) fn check() -> Result<(), Failure> {
-    if requested() { Err(anabranch_model::Error::Interrupted.into()) } else { Ok(()) }
-}
-
 /// Runs work that looks at [`requested`] itself, and so stops cleanly.
 pub(crate) fn deferred<T>(work: impl FnOnce() -> T) -> T {
     DEFERRED.store(true, SeqCst);

@@ -4,9 +4,12 @@
 
 mod commands;
 mod device;
+mod disk;
 mod failure;
 mod interrupt;
+mod memory;
 mod output;
+mod progress;
 mod units;
 
 use clap::{Parser, Subcommand};
@@ -28,6 +31,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Generate(commands::generate::Arguments),
+    Logits(commands::logits::Arguments),
+    Inspect(commands::inspect::Arguments),
+    Init(commands::init::Arguments),
     Doctor(commands::doctor::Arguments),
 }
 
@@ -38,6 +45,10 @@ fn main() -> ExitCode {
     };
     start_logging();
     let result = interrupt::install().and_then(|()| match cli.command {
+        Command::Generate(arguments) => commands::generate::run(&arguments),
+        Command::Logits(arguments) => commands::logits::run(&arguments),
+        Command::Inspect(arguments) => commands::inspect::run(&arguments),
+        Command::Init(arguments) => commands::init::run(&arguments),
         Command::Doctor(arguments) => commands::doctor::run(&arguments),
     });
     match result {

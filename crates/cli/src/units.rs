@@ -5,9 +5,14 @@ pub(crate) fn bytes(count: u64) -> String {
     scaled(count as f64, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB", " PiB"])
 }
 
-/// `16.4 B`, in the thousands that models are talked about in.
-pub(crate) fn thousands(count: f64) -> String {
-    scaled(count, 1000.0, &["", " K", " M", " B", " T", " P", " E"])
+/// `16.4B`, as parameters are counted.
+pub(crate) fn parameters(count: u64) -> String {
+    scaled(count as f64, 1000.0, &["", "K", "M", "B", "T"])
+}
+
+/// `6.2 GFLOP`.
+pub(crate) fn flops(count: f64) -> String {
+    scaled(count, 1000.0, &[" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP"])
 }
 
 fn scaled(count: f64, step: f64, units: &[&str]) -> String {
@@ -86,9 +91,10 @@ mod tests {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1024), "1.0 KiB");
         assert_eq!(bytes(1 << 30), "1.0 GiB");
-        assert_eq!(thousands(999.0), "999");
-        assert_eq!(thousands(16_375_728_128.0), "16.4 B");
-        assert_eq!(thousands(999_960.0), "1.0 M");
+        assert_eq!(parameters(999), "999");
+        assert_eq!(parameters(16_375_728_128), "16.4B");
+        assert_eq!(parameters(999_960), "1.0M");
+        assert_eq!(flops(6.2e9), "6.2 GFLOP");
         assert_eq!(grouped(0), "0");
         assert_eq!(grouped(999), "999");
         assert_eq!(grouped(16_375_728_128), "16,375,728,128");

@@ -1,5 +1,8 @@
 //! A model's architecture, as every family describes it.
 
+pub(crate) mod json;
+mod read;
+
 use anabranch::{Dtype, Rope, Routing};
 
 /// An architecture: what `config.json` says, in one form for every family, validated.
@@ -31,6 +34,9 @@ pub struct Config {
     pub layers: Vec<FeedForward>,
     /// Width of the dense feed-forward layers.
     pub intermediate_size: usize,
+    /// What feed-forward widths were rounded up to a multiple of, if the family's authors defined them as a fraction
+    /// of the standard 8d/3 and count compute by the fraction (see [`PaperFlops`](crate::analysis::PaperFlops)).
+    pub ffn_multiple: Option<usize>,
     /// Whether the dense feed-forward layers have biases.
     pub mlp_bias: bool,
     /// The MoE layers' shape; `None` in a dense model.

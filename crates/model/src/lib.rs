@@ -1,10 +1,53 @@
 //! Mixture-of-experts language models in the Hugging Face layout, composed from anabranch's operations.
+//!
+//! ```no_run
+//! use anabranch::Sampling;
+//! use anabranch_model::{Cpu, GenerateOptions, Model, Session, Tokenizer, generate};
+//!
+//! let dir = std::path::Path::new("tests/golden/models/deepseek-v3");
+//! let model = Model::load(dir, Cpu, &mut |_, _| {})?;
+//! let tokenizer = Tokenizer::from_dir(dir)?;
+//! let options = GenerateOptions {
+//!     max_new_tokens: 32,
+//!     sampling: Sampling::greedy(),
+//!     seed: 0,
+//!     stop: Vec::new(),
+//!     eos: model.config().eos_token_ids.clone(),
+//! };
+//! let prompts = [tokenizer.encode("A mixture of experts")?];
+//! let mut print = |_: usize, piece: &str| {
+//!     print!("{piece}");
+//!     Ok(())
+//! };
+//! generate(&mut Session::new(&model)?, &tokenizer, &prompts, &options, &|| false, &mut print)?;
+//! # Ok::<(), anabranch_model::Error>(())
+//! ```
 
+pub mod analysis;
+mod backend;
+mod chat;
 pub mod checkpoint;
 pub mod config;
+mod cpu;
 mod error;
+mod families;
+mod generate;
+pub mod init;
 pub mod memory;
+mod model;
+pub mod presets;
+pub mod tensors;
+mod text_stream;
+mod tokenizer;
+pub mod weights;
 
+pub use backend::{Backend, Batch, Positions, Segment, TopkIds};
+pub use chat::{ChatTemplate, Message, Reply, SpecialTokens};
 pub use checkpoint::{Checkpoint, Tensor, TensorFile};
 pub use config::Config;
+pub use cpu::{Cpu, CpuAttention, CpuCache, CpuTensor};
 pub use error::{Error, Result};
+pub use generate::{Finish, Forward, GenerateOptions, Generated, Generation, Stats, generate};
+pub use model::{Model, Observer, Session};
+pub use text_stream::TextStream;
+pub use tokenizer::Tokenizer;

@@ -66,10 +66,13 @@ run_bench() {
   describe | tee "$results/bench.log"
   CRITERION_HOME=$results/criterion "$here/gpu-benches" --bench "$@" 2>&1 | tee -a "$results/bench.log"
   local status=${PIPESTATUS[0]}
-  # One line a point: name, median time, bytes a second.
-  awk '/^Benchmarking/ { next }
-       /time:/ { name = $1 == "time:" ? last : $1; match($0, /\[.*\]/); split(substr($0, RSTART + 1, RLENGTH - 2), t, " "); time = t[3] " " t[4] }
-       /thrpt:/ { match($0, /\[.*\]/); split(substr($0, RSTART + 1, RLENGTH - 2), t, " "); printf "%-28s %12s %16s\n", name, time, t[3] " " t[4] }
+  # One line a point: name, median time, bytes a second. What criterion says of a change since the last run is left out.
+  awk 'function median(  parts) { match($0, /\[.*\]/); split(substr($0, RSTART + 1, RLENGTH - 2), parts, " "); return parts[3] " " parts[4] }
+       /^Benchmarking/ { next }
+       /change:/ { change = 2 }
+       /(time|thrpt): / && change > 0 { change--; next }
+       /time: / { name = $1 == "time:" ? last : $1; time = median() }
+       /thrpt: / { printf "%-28s %12s %16s\n", name, time, median() }
        { last = $1 }' "$results/bench.log" | tee "$results/bench.txt"
   [ "$status" -eq 0 ] && [ -s "$results/bench.txt" ]
 }

@@ -2,9 +2,16 @@
 
 use crate::{
     Failure, deny,
-    process::{cargo, run as run_process},
+    process::{cargo, root, run as run_process},
+    toolchain,
 };
-use std::time::{Duration, Instant};
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
 
 /// What became of a step that did not fail.
 pub(crate) enum Outcome {
@@ -21,10 +28,12 @@ struct Step {
 /// Quick ones first: a formatting slip should not wait for the tests.
 const STEPS: &[Step] = &[
     Step { name: "format", run: || passed(&mut cargo(["fmt", "--all", "--check"])) },
+    Step { name: "kernels", run: kernel_format },
     Step {
         name: "clippy",
         run: || passed(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
     },
+    Step { name: "cuda", run: cuda },
     Step { name: "docs", run: docs },
     Step { name: "licences", run: deny::check },
     Step {
@@ -78,10 +87,56 @@ fn line(name: &str, elapsed: Duration, outcome: &Result<Outcome, Failure>) -> St
     }
 }
 
-fn passed(command: &mut std::process::Command) -> Result<Outcome, Failure> {
+fn passed(command: &mut Command) -> Result<Outcome, Failure> {
     run_process(command).map(|()| Outcome::Passed)
 }
 
 fn docs() -> Result<Outcome, Failure> {
     passed(cargo(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+/// Formatting of CUDA C++ by .clang-format, with the version that the toolchain pins.
+fn kernel_format() -> Result<Outcome, Failure> {
+    toolchain::ensure()?;
+    let mut sources = Vec::new();
+    kernel_sources(&root().join("kernels"), &mut sources)?;
+    sources.sort();
+    passed(
+        Command::new(toolchain::clang_format())
+            .current_dir(root())
+            .args(["--dry-run", "--Werror", "--style=file"])
+            .args(sources),
+    )
+}
+
+fn kernel_sources(folder: &Path, sources: &mut Vec<PathBuf>) -> Result<(), Failure> {
+    let cannot = |error: std::io::Error| Failure::Failed(format!("cannot read {}: {error}", folder.display()));
+    for entry in fs::read_dir(folder).map_err(cannot)? {
+        let path = entry.map_err(cannot)?.path();
+        if path.is_dir() {
+            kernel_sources(&path, sources)?;
+        } else if ["cu", "cuh", "h"].into_iter().any(|kind| path.extension() == Some(OsStr::new(kind))) {
+            sources.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The feature `cuda`: every kernel compiled, the linter over it, its tests. Those that need a GPU run where there is one,
+/// else they are shown as ignored.
+fn cuda() -> Result<Outcome, Failure> {
+    toolchain::ensure()?;
+    run_process(&mut cargo(["clippy", "--workspace", "--all-targets", "--features", "cuda", "--", "-D", "warnings"]))?;
+    let mut tests =
+        cargo(["test", "--workspace", "--features", "cuda", "--lib", "--bins", "--test", "gpu", "--no-fail-fast"]);
+    if has_gpu() {
+        tests.args(["--", "--include-ignored", "--test-threads", "1"]).env("ANABRANCH_REQUIRE_GPU", "1");
+    }
+    passed(&mut tests)
+}
+
+/// Whether NVIDIA's tool finds a GPU. The tests themselves say what is wrong with one that cannot be used.
+fn has_gpu() -> bool {
+    let listed = Command::new("nvidia-smi").arg("-L").output();
+    listed.is_ok_and(|output| output.status.success() && String::from_utf8_lossy(&output.stdout).contains("GPU "))
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask toolchain`: brings nvcc, libclang and clang-format from PyPI into target/toolchain, where they are missing.
+//! `cargo xtask toolchain`: brings nvcc, libclang and clang-format from `PyPI` into target/toolchain, where they are missing.
 //! That folder can be deleted at any time.
 
 #[path = "../../../build/locate.rs"]
@@ -28,7 +28,10 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     ensure()?;
     let nvcc = Nvcc::find(&process::toolchain()).map_err(Failure::Failed)?;
     println!("nvcc          {nvcc}");
-    println!("libclang      {}", libclang().map_or("by bindgen's own search".to_owned(), |path| path.display().to_string()));
+    println!(
+        "libclang      {}",
+        libclang().map_or("by bindgen's own search".to_owned(), |path| path.display().to_string())
+    );
     println!("clang-format  {}", clang_format().display());
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `anabranch doctor`: what this machine has and lacks, for what.
 
-use crate::{failure::Failure, output, units};
+use crate::{disk as disk_space, failure::Failure, output, units};
 use std::{
     env, fs,
     path::{Path, PathBuf},
@@ -30,12 +30,13 @@ pub(crate) fn run(_: &Arguments) -> Result<(), Failure> {
         (
             "Working on anabranch",
             vec![
-                program("cargo", "builds everything", "install Rust from https://rustup.rs"),
-                program("cargo-deny", "checks licences in `cargo xtask test`", "`cargo xtask test` installs it"),
+                program("cargo", "", "builds everything", "install Rust from https://rustup.rs"),
+                program("cargo-deny", "bin", "checks licences in `cargo xtask test`", "`cargo xtask test` installs it"),
                 program(
                     "clang-format",
+                    "clang_format/data/bin",
                     "checks the kernels' formatting in `cargo xtask test`",
-                    "`cargo xtask test` brings it",
+                    "`cargo xtask toolchain` brings it",
                 ),
             ],
         ),
@@ -95,22 +96,11 @@ fn memory() -> Finding {
 }
 
 fn disk() -> Finding {
-    let state = free_disk().map_or_else(
+    let state = disk_space::free(Path::new(".")).map_or_else(
         || Ok("amount not known on this system".to_owned()),
         |free| Ok(format!("{} free in this folder", units::bytes(free))),
     );
     Finding { name: "disk", purpose: "holds checkpoints (`anabranch init` writes one)", state }
-}
-
-#[cfg(unix)]
-fn free_disk() -> Option<u64> {
-    let stat = rustix::fs::statvfs(".").ok()?;
-    stat.f_bavail.checked_mul(stat.f_frsize)
-}
-
-#[cfg(not(unix))]
-fn free_disk() -> Option<u64> {
-    None
 }
 
 fn driver() -> Finding {
@@ -133,15 +123,15 @@ fn cuda_build() -> Finding {
 /// The compiler's places, in the order in which the build looks.
 fn nvcc() -> Finding {
     let in_bin = |variable| env::var_os(variable).map(|home| PathBuf::from(home).join("bin").join("nvcc"));
-    let places =
-        [env::var_os("NVCC").map(PathBuf::from), in_bin("CUDA_HOME"), in_bin("CUDA_PATH"), Some("nvcc".into())];
-    let found = places.into_iter().flatten().find_map(|nvcc| {
+    let named = [env::var_os("NVCC").map(PathBuf::from), in_bin("CUDA_HOME"), in_bin("CUDA_PATH")];
+    let places = named.into_iter().chain([Some("nvcc".into()), Some(brought("nvidia/cu13/bin/nvcc"))]);
+    let found = places.flatten().find_map(|nvcc| {
         let release = output_of(&nvcc, &["--version"])?
             .lines()
             .find_map(|line| line.split("release ").nth(1).map(str::to_owned))?;
         Some(format!("release {release} ({})", nvcc.display()))
     });
-    let state = found.ok_or_else(|| "install the CUDA toolkit 12.8 or newer, or set CUDA_HOME".to_owned());
+    let state = found.ok_or_else(|| "install the CUDA toolkit 12.8 or newer, or `cargo xtask toolchain`".to_owned());
     Finding { name: "nvcc", purpose: "compiles the kernels", state }
 }
 
@@ -149,8 +139,9 @@ fn libclang() -> Finding {
     let named = env::var_os("LIBCLANG_PATH").map(PathBuf::from).filter(|path| path.exists());
     let state = named
         .or_else(|| library("libclang"))
+        .or_else(|| Some(brought("clang/native/libclang.so")).filter(|path| path.exists()))
         .map(|path| path.display().to_string())
-        .ok_or_else(|| "install libclang (Debian: libclang-dev), or set LIBCLANG_PATH".to_owned());
+        .ok_or_else(|| "install libclang (Debian: libclang-dev), or `cargo xtask toolchain`".to_owned());
     Finding { name: "libclang", purpose: "reads the kernels' C header", state }
 }
 
@@ -160,8 +151,16 @@ fn compiler() -> Finding {
     Finding { name: "C++ compiler", purpose: "is what nvcc calls for the host side", state }
 }
 
-fn program(name: &'static str, purpose: &'static str, action: &str) -> Finding {
-    Finding { name, purpose, state: first_line(name, &["--version"]).ok_or_else(|| action.to_owned()) }
+/// A program on PATH, or else in the folder `below` what the repository brings.
+fn program(name: &'static str, below: &str, purpose: &'static str, action: &str) -> Finding {
+    let places = [PathBuf::from(name), brought(below).join(name)];
+    let found = places.iter().find_map(|place| first_line(place, &["--version"]));
+    Finding { name, purpose, state: found.ok_or_else(|| action.to_owned()) }
+}
+
+/// Where `cargo xtask` puts what a machine lacks, seen from the repository's root.
+fn brought(path: &str) -> PathBuf {
+    Path::new("target/toolchain").join(path)
 }
 
 /// The first file of this name, version suffixes included, where the dynamic linker looks.
@@ -192,8 +191,8 @@ fn is_library(file: &str, name: &str) -> bool {
     rest.is_empty() || rest.starts_with(".so") || (versioned && rest.contains(".so"))
 }
 
-fn first_line(program: &str, arguments: &[&str]) -> Option<String> {
-    let line = output_of(Path::new(program), arguments)?.lines().next()?.trim().to_owned();
+fn first_line(program: impl AsRef<Path>, arguments: &[&str]) -> Option<String> {
+    let line = output_of(program.as_ref(), arguments)?.lines().next()?.trim().to_owned();
     (!line.is_empty()).then_some(line)
 }
 
@@ -220,7 +219,7 @@ mod tests {
     #[test]
     fn absent_programs_are_missing() {
         assert_eq!(output_of(Path::new("/nonexistent/program"), &[]), None);
-        assert!(program("anabranch-no-such-program", "", "x").state.is_err());
+        assert!(program("anabranch-no-such-program", "", "", "x").state.is_err());
     }
 
     #[test]

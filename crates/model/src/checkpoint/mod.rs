@@ -7,7 +7,7 @@ mod write;
 
 use std::{
     collections::BTreeMap,
-    fs::File,
+    fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -48,9 +48,11 @@ impl Checkpoint {
     /// cut short or malformed, or if a shard lacks a tensor that the index says it has; [`Error::Io`] if a file cannot
     /// be read.
     pub fn open(dir: &Path) -> Result<Self> {
-        if !dir.is_dir() {
-            let text = if dir.exists() { "a file; give the folder that holds it" } else { "no such folder" };
-            return Err(problem(dir, text));
+        match fs::metadata(dir) {
+            Ok(kind) if kind.is_dir() => {}
+            Ok(_) => return Err(problem(dir, "a file; give the folder that holds it")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(problem(dir, "no such folder")),
+            Err(error) => return Err(Error::io("open", dir)(error)),
         }
         match File::open(dir.join(INDEX_FILE)) {
             Ok(file) => Self::open_sharded(dir, file),
@@ -61,8 +63,9 @@ impl Checkpoint {
 
     fn open_single(dir: &Path) -> Result<Self> {
         let source = dir.join(SINGLE_FILE);
-        if !source.exists() {
-            return Err(problem(dir, format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}")));
+        if is_absent(&source) {
+            let text = format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}; weights of other formats are not read");
+            return Err(problem(dir, text));
         }
         let shard = TensorFile::open(&source)?;
         let tensors = shard.names().enumerate().map(|(place, name)| (name.to_owned(), (0, place))).collect();
@@ -86,7 +89,7 @@ impl Checkpoint {
                 shard
             } else {
                 let path = dir.join(&name);
-                if !path.exists() {
+                if is_absent(&path) {
                     return Err(problem(&path, format!("missing shard, named by {INDEX_FILE}; download it again")));
                 }
                 shards.push(TensorFile::open(&path)?);
@@ -130,4 +133,9 @@ impl Checkpoint {
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|&(shard, place)| self.shards[shard].len_at(place) as u64).sum()
     }
+}
+
+/// Whether there is nothing of that name, or a link to nothing, rather than something that may not be looked at.
+fn is_absent(path: &Path) -> bool {
+    path.try_exists().is_ok_and(|exists| !exists)
 }

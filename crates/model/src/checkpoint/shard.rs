@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    fs::File,
+    fs::{self, File},
     io,
     ops::Range,
     path::{Path, PathBuf},
@@ -90,17 +90,18 @@ impl TensorFile {
     /// [`Error::Io`] if the file cannot be read, [`Error::Checkpoint`] if it is not a whole, well-formed safetensors
     /// file; the message says which rule is broken, and how many bytes are missing if it was cut short.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| match source.kind() {
+        // Asked before opening, because opening a named pipe waits for its other end.
+        let kind = fs::metadata(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => problem(path, "no such file"),
             _ => Error::io("open", path)(source),
         })?;
-        let kind = file.metadata().map_err(Error::io("read", path))?;
         if !kind.is_file() {
             return Err(problem(path, "not a regular file; a safetensors file was expected"));
         }
         if kind.len() == 0 {
             return Err(problem(path, EMPTY));
         }
+        let file = File::open(path).map_err(Error::io("open", path))?;
         // SAFETY: the map is read-only and private to this process, and every access goes through a slice of the length
         // that it has now. What the language cannot promise is that no other process changes the file meanwhile; the
         // documentation of this type leaves that to the caller, as every program that maps its weights does.

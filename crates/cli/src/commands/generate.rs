@@ -1,0 +1,291 @@
+//! `anabranch generate`: text from a checkpoint, as it comes.
+
+use crate::{
+    device::Device,
+    failure::Failure,
+    interrupt,
+    memory::{self, Demand},
+    output, progress, units,
+};
+use anabranch::Sampling;
+use anabranch_model::{
+    Config, Cpu, Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate,
+};
+use std::{
+    fs,
+    io::{self, IsTerminal, Read},
+    path::PathBuf,
+    time::Duration,
+};
+
+/// Generate text from a checkpoint
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    anabranch generate --model DIR --prompt 'The river' --max-new-tokens 64\n  \
+    anabranch generate --model DIR --chat --temperature 0.7 --top-p 0.95 --seed 1 < question.txt\n  \
+    anabranch generate --model DIR --prompt 'One' --prompt 'Two' --stats\n\n\
+    Without sampling options the likeliest token is taken every time. The same options and seed give the same text.\n\
+    Text ends at an end-of-text token, at a --stop string (which is not printed) or after --max-new-tokens.\n\
+    A closed pipe (`anabranch generate ... | head -c 100`) ends the run quietly, with success.")]
+pub(crate) struct Arguments {
+    /// Folder with config.json, safetensors files and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text to continue; several are run together, and printed one after another [default: standard input]
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
+    prompt: Vec<String>,
+    /// File whose whole text is the prompt, but for one line end at its end
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// Put the prompt in the checkpoint's chat template, as the user's message
+    #[arg(long)]
+    chat: bool,
+    /// Where to run: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: Device,
+    /// Most tokens to generate for each prompt
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = super::at_least_one)]
+    max_new_tokens: usize,
+    /// Sample, with logits divided by this; 0 takes the likeliest token [default: 1 with --top-k, --top-p or --min-p,
+    /// else 0]
+    #[arg(long, value_name = "T", value_parser = temperature)]
+    temperature: Option<f32>,
+    /// Sample from the K likeliest tokens only
+    #[arg(long, value_name = "K", value_parser = super::at_least_one)]
+    top_k: Option<usize>,
+    /// Sample from the fewest tokens that have this probability together
+    #[arg(long, value_name = "P", value_parser = fraction)]
+    top_p: Option<f32>,
+    /// Sample from tokens at least this probable, relative to the likeliest
+    #[arg(long, value_name = "P", value_parser = share)]
+    min_p: Option<f32>,
+    /// Make tokens that occurred less likely: 1 changes nothing, 1.1 is usual
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = penalty)]
+    repetition_penalty: f32,
+    /// Start of the random numbers
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// End the text before this string; may be given several times
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
+    /// Say on stderr how fast it went and how much memory it took
+    #[arg(long)]
+    stats: bool,
+    /// Refuse to start if more than this is needed, as 8G or 512M [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    memory_limit: Option<u64>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    arguments.device.check()?;
+    let sampling = arguments.sampling()?;
+    let texts = arguments.texts()?;
+    let config = Config::from_dir(&arguments.model)?;
+    let tokenizer = Tokenizer::from_dir(&arguments.model)?;
+    let encode = |text: &String| {
+        if arguments.chat { tokenizer.encode_chat(&[Message::user(text)]) } else { tokenizer.encode(text) }
+    };
+    let prompts = texts.iter().map(encode).collect::<Result<Vec<_>, Error>>()?;
+    let most =
+        |prompt: &Vec<u32>| prompt.len().saturating_add(arguments.max_new_tokens).min(config.max_position_embeddings);
+    let demand = Demand { cached_tokens: prompts.iter().map(most).sum(), logit_rows: prompts.len() };
+    memory::check(&arguments.model, &config, &demand, arguments.memory_limit)?;
+    let options = GenerateOptions {
+        max_new_tokens: arguments.max_new_tokens,
+        sampling,
+        seed: arguments.seed,
+        stop: arguments.stop.clone(),
+        eos: config.eos_token_ids.clone(),
+    };
+    let model = progress::loading(|report| Model::load(&arguments.model, Cpu, report))?;
+    let generated = interrupt::deferred(|| speak(&model, &tokenizer, &prompts, &options))?;
+    if arguments.stats {
+        output::complain(&report(&generated.stats));
+    }
+    Ok(())
+}
+
+/// Generates, and prints: the text of a single prompt as it comes, those of several one after another under a heading.
+fn speak(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+) -> Result<Generated, Failure> {
+    let several = prompts.len() > 1;
+    let mut refused = None;
+    let mut printed = false;
+    let mut on_text = |_: usize, text: &str| {
+        if several {
+            return Ok(());
+        }
+        printed = true;
+        output::print(text).map_err(|failure| {
+            refused = Some(failure);
+            Error::Interrupted
+        })
+    };
+    let mut session = Session::new(model)?;
+    let result = generate(&mut session, tokenizer, prompts, options, &interrupt::requested, &mut on_text);
+    if let Some(failure) = refused {
+        return Err(failure);
+    }
+    if several {
+        let generated = result?;
+        for (index, sequence) in generated.sequences.iter().enumerate() {
+            output::print(&format!("==> prompt {} of {} <==\n{}\n", index + 1, prompts.len(), sequence.text))?;
+        }
+        return Ok(generated);
+    }
+    // The line ends whatever happened, so that an error message begins a new one.
+    if printed || result.is_ok() {
+        output::print("\n")?;
+    }
+    Ok(result?)
+}
+
+/// What `--stats` says.
+fn report(stats: &Stats) -> String {
+    let line = |what: &str, tokens: usize, time: Duration| {
+        let seconds = time.as_secs_f64();
+        let rate =
+            if seconds > 0.0 { format!("{:.1} tokens/s", tokens as f64 / seconds) } else { "no time".to_owned() };
+        vec![what.to_owned(), format!("{tokens} tokens"), format!("{seconds:.3} s"), rate]
+    };
+    let mut rows =
+        vec![line("prefill", stats.prompt_tokens, stats.prefill), line("decode", stats.decoded_tokens, stats.decode)];
+    if let Some(peak) = anabranch_model::memory::peak_resident() {
+        rows.push(vec!["peak memory".to_owned(), units::bytes(peak)]);
+    }
+    units::table(&rows, &[1, 2, 3]).trim_end().to_owned()
+}
+
+impl Arguments {
+    fn sampling(&self) -> Result<Sampling, Failure> {
+        let filtered = self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
+        let temperature = self.temperature.unwrap_or(if filtered { 1.0 } else { 0.0 });
+        let mut sampling = Sampling::builder().temperature(temperature).repetition_penalty(self.repetition_penalty);
+        if let Some(top_k) = self.top_k {
+            sampling = sampling.top_k(top_k);
+        }
+        if let Some(top_p) = self.top_p {
+            sampling = sampling.top_p(top_p);
+        }
+        if let Some(min_p) = self.min_p {
+            sampling = sampling.min_p(min_p);
+        }
+        Ok(sampling.build().map_err(Error::from)?)
+    }
+
+    /// The prompts: from the options, a file, or standard input; never empty.
+    fn texts(&self) -> Result<Vec<String>, Failure> {
+        let texts = match &self.prompt_file {
+            Some(path) => {
+                let bytes = fs::read(path).map_err(Error::io("read", path))?;
+                vec![text(&path.display().to_string(), bytes)?]
+            }
+            None if self.prompt.is_empty() => vec![text("standard input", read_stdin()?)?],
+            None => self.prompt.clone(),
+        };
+        if texts.iter().any(String::is_empty) {
+            return Err(Failure::Failed(
+                "the prompt is empty; give text with --prompt, --prompt-file or on standard input".to_owned(),
+            ));
+        }
+        Ok(texts)
+    }
+}
+
+fn read_stdin() -> Result<Vec<u8>, Failure> {
+    let mut stdin = io::stdin().lock();
+    tracing::debug!("reading the prompt from standard input");
+    if stdin.is_terminal() {
+        output::complain("Type the prompt, then Ctrl-D at the beginning of a line.");
+    }
+    let mut bytes = Vec::new();
+    stdin.read_to_end(&mut bytes).map_err(|error| Failure::Failed(format!("cannot read standard input: {error}")))?;
+    Ok(bytes)
+}
+
+/// The text of a file, without the line end that editors put after the last line.
+fn text(source: &str, bytes: Vec<u8>) -> Result<String, Failure> {
+    let mut text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let byte = error.as_bytes()[at];
+        Failure::Failed(format!("{source} is not UTF-8 text: byte {byte:#04x} at offset {at} is out of place"))
+    })?;
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    Ok(text)
+}
+
+fn number(text: &str, allowed: impl Fn(f32) -> bool, expected: &str) -> Result<f32, String> {
+    let value = text.parse::<f32>().ok().filter(|value| value.is_finite());
+    value.filter(|&value| allowed(value)).ok_or_else(|| format!("expected {expected}"))
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    number(text, |value| value >= 0.0, "a number, 0 or more")
+}
+
+fn fraction(text: &str) -> Result<f32, String> {
+    number(text, |value| value > 0.0 && value <= 1.0, "a number above 0 and at most 1")
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number(text, |value| (0.0..1.0).contains(&value), "a number, 0 or more and below 1")
+}
+
+fn penalty(text: &str) -> Result<f32, String> {
+    number(text, |value| value > 0.0, "a number above 0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_end_goes() {
+        let stripped = |bytes: &[u8]| text("file", bytes.to_vec()).unwrap();
+        assert_eq!(stripped(b"a\nb\n"), "a\nb");
+        assert_eq!(stripped(b"a\r\n"), "a");
+        assert_eq!(stripped(b"a\n\n"), "a\n");
+        assert_eq!(stripped(b"a\r"), "a\r");
+        assert_eq!(stripped(b"\n"), "");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text() {
+        let failure = text("p.txt", b"ab\xff".to_vec()).unwrap_err().to_string();
+        assert_eq!(failure, "p.txt is not UTF-8 text: byte 0xff at offset 2 is out of place");
+    }
+
+    #[test]
+    fn numbers_in_range() {
+        assert_eq!(temperature("0"), Ok(0.0));
+        assert_eq!(fraction("1"), Ok(1.0));
+        for wrong in ["-1", "nan", "inf", "x", ""] {
+            assert!(temperature(wrong).is_err() && fraction(wrong).is_err() && penalty(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(share("0"), Ok(0.0));
+        assert!(share("1").is_err() && fraction("0").is_err() && fraction("1.1").is_err() && penalty("0").is_err());
+    }
+
+    #[test]
+    fn the_report_has_rates() {
+        let stats = Stats {
+            prompt_tokens: 10,
+            prefill: Duration::from_millis(500),
+            new_tokens: 5,
+            decoded_tokens: 4,
+            decode: Duration::ZERO,
+        };
+        let report = report(&stats);
+        assert!(report.contains("prefill") && report.contains("20.0 tokens/s"), "{report}");
+        assert!(report.contains("no time"), "{report}");
+    }
+}

@@ -1,0 +1,172 @@
+//! Every bundled checkpoint against what Transformers computed from it (tests/golden/generate.py).
+
+use std::path::{Path, PathBuf};
+
+use anabranch_model::{Batch, Cpu, Model, Observer, Segment, TensorFile, TopkIds};
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(name)
+}
+
+struct Expected(TensorFile);
+
+impl Expected {
+    fn floats(&self, name: &str) -> Vec<f32> {
+        self.0.get(name).unwrap().to_f32().unwrap()
+    }
+
+    fn ids(&self, name: &str) -> Vec<i64> {
+        self.0.get(name).unwrap().to_i64().unwrap()
+    }
+
+    fn tokens(&self, name: &str) -> Vec<u32> {
+        self.ids(name).iter().map(|id| *id as u32).collect()
+    }
+}
+
+fn open(name: &str) -> (Model, Expected) {
+    let model = Model::load(&folder(name), Cpu, &mut |_, _| {}).unwrap();
+    (model, Expected(TensorFile::open(&folder(name).join("expected.safetensors")).unwrap()))
+}
+
+/// What a forward pass showed on its way.
+#[derive(Default)]
+struct Seen {
+    hidden: Vec<Vec<f32>>,
+    topk: Vec<(usize, TopkIds)>,
+}
+
+impl Observer for Seen {
+    fn hidden(&mut self, index: usize, values: Vec<f32>) {
+        assert_eq!(index, self.hidden.len());
+        self.hidden.push(values);
+    }
+
+    fn topk(&mut self, layer: usize, ids: TopkIds) {
+        self.topk.push((layer, ids));
+    }
+}
+
+/// The largest absolute difference; infinite where anything is NaN.
+fn difference(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    got.iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |max, d| if d.is_nan() { f32::INFINITY } else { max.max(d) })
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best }) as u32
+}
+
+/// All rows' logits of one forward pass.
+fn logits(model: &Model, ids: &[u32], segments: &[Segment], observer: Option<&mut dyn Observer>) -> Vec<f32> {
+    let most = segments.iter().map(|segment| segment.sequence + 1).max().unwrap_or(0);
+    let mut cache = model.cache(&vec![64; most]).unwrap();
+    let hidden = model.forward(&Batch { ids, segments }, &mut cache, observer).unwrap();
+    model.logits(&hidden, &(0..ids.len()).collect::<Vec<_>>()).unwrap()
+}
+
+/// Both prompts in one batch: logits, every hidden state, the experts of every MoE layer.
+fn check_forward(name: &str) {
+    let (model, expected) = open(name);
+    let ids = expected.tokens("input_ids");
+    let len = ids.len() / 2;
+    let segments = [0, 1].map(|sequence| Segment { sequence, position: 0, len });
+    let mut seen = Seen::default();
+    let logits = logits(&model, &ids, &segments, Some(&mut seen));
+    let off = difference(&logits, &expected.floats("logits"));
+    assert!(off <= 2e-4, "logits differ by {off:e}");
+    assert_eq!(seen.hidden.len(), model.config().layers.len() + 1);
+    for (index, hidden) in seen.hidden.iter().enumerate() {
+        let off = difference(hidden, &expected.floats(&format!("hidden.{index}")));
+        assert!(off <= 2e-4, "hidden.{index} differs by {off:e}");
+    }
+    let layers: Vec<String> = seen.topk.iter().map(|(layer, _)| format!("topk.{layer}")).collect();
+    let mut stored: Vec<&str> = expected.0.names().filter(|name| name.starts_with("topk.")).collect();
+    stored.sort_unstable();
+    assert_eq!(layers, stored);
+    for ((_, chosen), layer) in seen.topk.iter().zip(&layers) {
+        let mut ids: Vec<i64> = chosen.ids.iter().map(|id| i64::from(*id)).collect();
+        ids.chunks_mut(chosen.topk).for_each(<[i64]>::sort_unstable);
+        assert_eq!(ids, expected.ids(layer), "{layer}");
+    }
+}
+
+/// Sixteen tokens, each the likeliest, through the cache.
+fn check_greedy(name: &str) {
+    let (model, expected) = open(name);
+    let greedy = expected.tokens("greedy");
+    let mut tokens = greedy[..greedy.len() - 16].to_vec();
+    let mut cache = model.cache(&[greedy.len()]).unwrap();
+    let mut position = 0;
+    while tokens.len() < greedy.len() {
+        let segments = [Segment { sequence: 0, position, len: tokens.len() - position }];
+        let hidden = model.forward(&Batch { ids: &tokens[position..], segments: &segments }, &mut cache, None).unwrap();
+        let last = segments[0].len - 1;
+        position = tokens.len();
+        tokens.push(argmax(&model.logits(&hidden, &[last]).unwrap()));
+    }
+    assert_eq!(tokens, greedy);
+}
+
+/// One pass over a prompt against the same prompt in pieces, beside another sequence that is rewound at every step.
+fn check_incremental(name: &str) {
+    let (model, expected) = open(name);
+    let ids = expected.tokens("input_ids");
+    let (prompt, other) = ids.split_at(ids.len() / 2);
+    let one_pass = logits(&model, prompt, &[Segment { sequence: 0, position: 0, len: prompt.len() }], None);
+    for pieces in [vec![1; 24], vec![5, 1, 11, 7]] {
+        let mut cache = model.cache(&[other.len(), prompt.len()]).unwrap();
+        let (mut position, mut pieced) = (0, Vec::new());
+        for len in pieces {
+            let beside = position.min(2);
+            let segments = [Segment { sequence: 0, position: beside, len: 2 }, Segment { sequence: 1, position, len }];
+            let ids = [&other[beside..beside + 2], &prompt[position..position + len]].concat();
+            let hidden = model.forward(&Batch { ids: &ids, segments: &segments }, &mut cache, None).unwrap();
+            pieced.extend(model.logits(&hidden, &(2..2 + len).collect::<Vec<_>>()).unwrap());
+            position += len;
+        }
+        let off = difference(&pieced, &one_pass);
+        assert!(off <= 5e-5, "incremental decoding differs by {off:e}");
+    }
+}
+
+macro_rules! families {
+    ($($test:ident: $name:literal),* $(,)?) => {
+        $(mod $test {
+            #[test]
+            fn forward() { super::check_forward($name); }
+            #[test]
+            fn greedy() { super::check_greedy($name); }
+            #[test]
+            fn incremental() { super::check_incremental($name); }
+        })*
+
+        /// A folder that no test reads would be a hole.
+        #[test]
+        fn every_folder_is_checked() {
+            let mut found: Vec<_> = std::fs::read_dir(folder("")).unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            found.sort();
+            let mut checked = [$($name),*];
+            checked.sort_unstable();
+            assert_eq!(found, checked);
+        }
+    };
+}
+
+families! {
+    deepseek_v1: "deepseek-v1",
+    deepseek_v2: "deepseek-v2",
+    deepseek_v2_lite: "deepseek-v2-lite",
+    deepseek_v3: "deepseek-v3",
+    deepseek_v3_fp8: "deepseek-v3-fp8",
+    glm4_moe: "glm4-moe",
+    llama: "llama",
+    mixtral: "mixtral",
+    olmoe: "olmoe",
+    qwen2_moe: "qwen2-moe",
+    qwen3_moe: "qwen3-moe",
+}
