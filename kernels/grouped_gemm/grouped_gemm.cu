@@ -20,10 +20,9 @@
 // multiprocessor, 62% of what wgmma can: 570 TFLOP/s at 1.7 GHz. A tile of m x n reads 2 (m + n) bytes for each 2 m n
 // FLOPs from the second-level cache, at some 28 bytes a clock: 128 x 256 can reach 535 TFLOP/s that way, 128 x 128 400.
 //
-// Main loop of 128 x 256 on sm_90: 128 HMMA, 32 LDSM, 12 LDGSTS, 10 LDS and about 250 integer instructions a warp and
-// step, 900 issue slots of the 1,660 clocks that two warps' HMMA take; 232 registers, nothing in local memory.
-// Predicted for Qwen3-30B-A3B (d = 2048, n = 768, E = 128, K = 8), T = 16,384, from that: see
-// docs/kernels/grouped_gemm.md.
+// A step of 128 x 256 on sm_90 is 306 instructions a warp: 128 HMMA, 32 LDSM, 12 LDGSTS; 232 registers, nothing in
+// local memory. Predicted from all that for Qwen3-30B-A3B (d = 2048, n = 768, E = 128, K = 8) at T = 16,384: 400
+// TFLOP/s in the first product, 360 in the second. docs/kernels/grouped_gemm.md has the arithmetic.
 
 #include "common/launch.cuh"
 #include "grouped_gemm/kernel.cuh"

@@ -231,7 +231,7 @@ pub(super) fn columns(operation: &'static str, epilogue: Epilogue, weight_rows: 
     if bias {
         return setting("bias", "absent with Epilogue::SwiGlu", "given".to_owned());
     }
-    if weight_rows % 2 != 0 {
+    if !weight_rows.is_multiple_of(2) {
         return setting("weight rows", "gate rows and as many of up", weight_rows.to_string());
     }
     check_width(operation, "out features", weight_rows / 2)?;
