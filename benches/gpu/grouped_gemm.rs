@@ -1,4 +1,4 @@
-//! grouped_gemm at published models' expert layers: the first product with gathering and SwiGLU, and the second.
+//! `grouped_gemm` at published models' expert layers: the first product with gathering and SwiGLU, and the second.
 //!
 //! Routing is uniform at random. A point's throughput is in FLOP (criterion's elements) from 512 tokens on and in bytes below, where
 //! weights bound the time: those of the experts hit once, x and y once.

@@ -1,4 +1,4 @@
-//! grouped_gemm: both products of an expert layer, and plain ones.
+//! `grouped_gemm`: both products of an expert layer, and plain ones.
 
 mod cases;
 mod dense;
@@ -273,7 +273,7 @@ fn nan_and_infinity_stay_with_their_token() {
 fn is_captured_in_a_graph_and_replayed_with_other_routings() {
     on_gpu(|stream| {
         for tile in tiles(stream) {
-            let case = |seed, flavour| Case { seed, flavour, ..case(150, 20, 3, [136, 72], Epilogue::SwiGlu) };
+            let case = |seed, flavour| Case { flavour, seed, ..case(150, 20, 3, [136, 72], Epilogue::SwiGlu) };
             let routings = [
                 case(1, Flavour::Uniform).permutation(),
                 case(2, Flavour::OneChoice).permutation(),

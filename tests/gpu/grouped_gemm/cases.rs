@@ -99,11 +99,10 @@ impl Case {
                 let u = noise.uniform();
                 let any = |u: f32| (u * self.experts as f32) as i32 % self.experts as i32;
                 ids.push(match self.flavour {
-                    Flavour::Uniform => any(u),
                     Flavour::Skewed => any(u * u * u * u),
                     Flavour::OneChoice => ((self.seed as usize + slot) % self.experts) as i32,
                     Flavour::Dropped if noise.bits().is_multiple_of(4) => -1,
-                    Flavour::Dropped => any(u),
+                    Flavour::Uniform | Flavour::Dropped => any(u),
                     Flavour::Nobody => -1,
                 });
             }
@@ -235,8 +234,7 @@ pub(crate) fn close(got: &[f32], expected: &[f32], columns: usize, bound: Bound)
         let row_error: f64 = pairs().map(|(got, expected)| (got - expected).powi(2)).sum();
         let row_norm: f64 = pairs().map(|(_, expected)| expected.powi(2)).sum();
         let most = bound.row * row_norm.sqrt() + 1e-5 * (columns as f64).sqrt();
-        // Written so that NaN fails.
-        if !(row_error.sqrt() <= most) {
+        if row_error.is_nan() || row_error.sqrt() > most {
             return Err(format!(
                 "row {row} is off by {}, norm {}: {got:?}\nnot {expected:?}",
                 row_error.sqrt(),
