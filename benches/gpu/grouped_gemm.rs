@@ -3,7 +3,7 @@
 //! Routing is uniform at random. A point's throughput is in FLOP (criterion's elements) from 512 tokens on and in bytes below, where
 //! weights bound the time: those of the experts hit once, x and y once.
 
-use std::time::Duration;
+use std::{cell::OnceCell, time::Duration};
 
 use anabranch::{
     cuda::{Device, Epilogue, Gather, GroupedGemmInput, Stream, Tensor, Tile, grouped_gemm_into},
@@ -40,9 +40,9 @@ const MODELS: [Model; 3] = [
 const TILES: [(&str, Tile); 3] = [("", Tile::Auto), ("/128x128", Tile::Rows128), ("/128x256", Tile::Rows128Wide)];
 
 /// One product of a layer: what it reads and how wide.
-struct Product<'a> {
+struct Product {
     name: &'static str,
-    x: &'a Tensor<bf16>,
+    x_rows: usize,
     gathered: bool,
     epilogue: Epilogue,
     depth: usize,
@@ -62,11 +62,9 @@ pub(crate) fn bench(criterion: &mut Criterion) {
     for model in &MODELS {
         for tokens in TOKENS {
             let routing = Routing::random(&stream, model, tokens);
-            let x = random(&stream, [tokens, model.hidden]);
-            let h = random(&stream, [tokens * model.topk, model.width]);
             let first = Product {
                 name: "gate_up",
-                x: &x,
+                x_rows: tokens,
                 gathered: true,
                 epilogue: Epilogue::SwiGlu,
                 depth: model.hidden,
@@ -75,7 +73,7 @@ pub(crate) fn bench(criterion: &mut Criterion) {
             };
             let second = Product {
                 name: "down",
-                x: &h,
+                x_rows: tokens * model.topk,
                 gathered: false,
                 epilogue: Epilogue::Linear,
                 depth: model.width,
@@ -94,7 +92,7 @@ fn point(
     stream: &Stream,
     model: &Model,
     routing: &Routing,
-    product: &Product<'_>,
+    product: &Product,
     tokens: usize,
 ) {
     let rows = tokens * model.topk;
@@ -108,16 +106,22 @@ fn point(
     } else {
         Throughput::Elements(flop as u64)
     });
-    // Weights that are read again while they are in the cache would show a bandwidth that there is none of.
-    let weights: Vec<Tensor<bf16>> = (0..sets(stream, 2 * routing.hit * matrix).min(8))
-        .map(|_| random(stream, [model.experts, product.weight_rows, product.depth]))
-        .collect();
+    // Made when the first point asks: others may be left out. Weights that are read again while they are in the cache would show
+    // a bandwidth that there is none of.
+    let made = OnceCell::new();
+    let operands = || {
+        let weights = [model.experts, product.weight_rows, product.depth];
+        let sets = sets(stream, 2 * routing.hit * matrix).min(8);
+        let weights: Vec<_> = (0..sets).map(|_| random(stream, weights)).collect();
+        (random(stream, [product.x_rows, product.depth]), weights)
+    };
     let mut y = stream.zeros::<bf16>([rows, product.columns]).unwrap();
     for (suffix, tile) in if tokens > MANY { &TILES[..] } else { &TILES[..1] } {
         group.bench_function(BenchmarkId::new(format!("{}{suffix}", model.name), tokens), |bencher| {
+            let (x, weights) = made.get_or_init(operands);
             let launches = Launches::capture(stream, weights.len(), |set| {
                 let input = GroupedGemmInput {
-                    x: product.x.view(),
+                    x: x.view(),
                     weights: weights[set].view(),
                     bias: None,
                     expert_offsets: routing.offsets.view(),
