@@ -9,6 +9,7 @@ mod combine;
 mod permute;
 mod rms_norm;
 mod rope;
+mod grouped_gemm;
 mod router;
 mod rows;
 mod sampling;
@@ -25,4 +26,5 @@ criterion::criterion_group!(
     rows::bench,
     sampling::bench
 );
+criterion::criterion_group!(benches, router::bench, grouped_gemm::bench);
 criterion::criterion_main!(benches);

@@ -8,7 +8,7 @@ use anabranch::{
 };
 use criterion::{BenchmarkId, Criterion, Throughput};
 
-use crate::timing::{Launches, sets};
+use crate::timing::{Launches, Noise, sets};
 
 const TOKENS: [usize; 6] = [1, 16, 128, 1024, 4096, 16_384];
 
@@ -102,14 +102,7 @@ impl Point {
     }
 }
 
-/// Standard normal values, always the same: Box-Muller over a multiplicative generator.
 fn normal(count: usize) -> Vec<f32> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut uniform = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        ((state >> 40) as f32 + 0.5) / (1_u64 << 24) as f32
-    };
-    (0..count).map(|_| (-2.0 * uniform().ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos()).collect()
+    let mut noise = Noise::default();
+    (0..count).map(|_| noise.normal()).collect()
 }

@@ -1,4 +1,4 @@
-//! Time on the GPU.
+//! Time on the GPU, and noise to spend it on.
 
 use std::time::Duration;
 
@@ -51,5 +51,29 @@ impl Launches {
         let end = stream.cudarc().record_event(timed).unwrap();
         let milliseconds = f64::from(start.elapsed_ms(&end).unwrap());
         Duration::from_secs_f64(milliseconds * 1e-3 * iterations as f64 / (replays * self.count as u64) as f64)
+    }
+}
+
+/// Reproducible noise, always the same (xorshift).
+pub(crate) struct Noise(u64);
+
+impl Default for Noise {
+    fn default() -> Self {
+        Self(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+impl Noise {
+    /// In (0, 1).
+    pub(crate) fn uniform(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 40) as f32 + 0.5) / (1_u64 << 24) as f32
+    }
+
+    /// Standard normal (Box-Muller).
+    pub(crate) fn normal(&mut self) -> f32 {
+        (-2.0 * self.uniform().ln()).sqrt() * (std::f32::consts::TAU * self.uniform()).cos()
     }
 }

@@ -1,4 +1,5 @@
-// The only door to the kernels: plain C structs, one launcher per operation, one workspace query per operation.
+// The only door to the kernels: plain C structs, one launcher per operation, and a query for the
+// workspace of an operation that needs one.
 //
 // Rules of every launcher. It allocates nothing, waits for nothing and prints nothing; all work goes to the given
 // stream, so that a call can be captured in a CUDA graph. Pointers are device pointers unless said otherwise, aligned
@@ -352,6 +353,66 @@ typedef struct AnabranchSampleParams {
 } AnabranchSampleParams;
 
 AnabranchStatus anabranch_sample(const AnabranchSampleParams* params, AnabranchStream stream);
+// ---- grouped_gemm ----
+
+// What becomes of a product x W^T before it is rounded and stored.
+typedef enum AnabranchEpilogue {
+  // Nothing, or + bias.
+  ANABRANCH_EPILOGUE_LINEAR = 0,
+  // max(0, .), after + bias where there is one.
+  ANABRANCH_EPILOGUE_RELU = 1,
+  // The exact GELU, after + bias where there is one.
+  ANABRANCH_EPILOGUE_GELU = 2,
+  // silu(x W_gate^T) * (x W_up^T): weights hold the gate's rows, then as many of up. No bias.
+  ANABRANCH_EPILOGUE_SWIGLU = 3,
+} AnabranchEpilogue;
+
+// Rows of x, and of weights, that a block multiplies at a time. It changes no bit of a result.
+typedef enum AnabranchTile {
+  // Chosen from the shape.
+  ANABRANCH_TILE_AUTO = 0,
+  ANABRANCH_TILE_16X64 = 1,
+  ANABRANCH_TILE_32X128 = 2,
+  ANABRANCH_TILE_64X128 = 3,
+  ANABRANCH_TILE_128X128 = 4,
+  ANABRANCH_TILE_128X256 = 5,
+} AnabranchTile;
+
+// Every expert's product with its own rows: y[r] = epilogue(x[source(r)] W_e^T) for expert_offsets[e] <= r <
+// expert_offsets[e + 1]. One expert without offsets is a plain product.
+typedef struct AnabranchGroupedGemmParams {
+  // R, rows of y, below 2^31. Rows from expert_offsets[E] on are neither computed nor written.
+  uint64_t num_rows;
+  // T, rows of x: as many as y without row_slots.
+  uint64_t num_tokens;
+  // E, 1 to 1024.
+  uint32_t num_experts;
+  // K, 1 to 32 with row_slots, else 0.
+  uint32_t topk;
+  // d, columns of x: a multiple of 8, 8 to 2^30.
+  uint32_t in_features;
+  // n, columns of y: a multiple of 8, 8 to 2^30.
+  uint32_t out_features;
+  AnabranchEpilogue epilogue;
+  AnabranchTile tile;
+  // ANABRANCH_DTYPE_BF16 or ANABRANCH_DTYPE_F32.
+  AnabranchDtype y_dtype;
+  // [T, d] bf16, on 16 bytes.
+  const void* x;
+  // [E, n, d] bf16, with ANABRANCH_EPILOGUE_SWIGLU [E, 2 n, d]; on 16 bytes.
+  const void* weights;
+  // [E, n] or null, on 8 bytes.
+  const float* bias;
+  // [E + 1], ascending, the last at most R. Null with one expert that has all rows.
+  const uint32_t* expert_offsets;
+  // [R]: row r of y is made from row row_slots[r] / K of x. Null where x is in y's order.
+  const uint32_t* row_slots;
+  // [R, n], on 16 bytes; overlaps nothing that is read.
+  void* y;
+} AnabranchGroupedGemmParams;
+
+// Multiplies. `params` is a host pointer, read before this returns.
+AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params, AnabranchStream stream);
 
 #ifdef __cplusplus
 }

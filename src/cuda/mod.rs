@@ -11,10 +11,12 @@
 mod checks;
 mod combine;
 mod device;
+mod grouped_gemm;
 mod launch;
 mod permute;
 mod rms_norm;
 mod rope;
+mod linear;
 mod router;
 mod rows;
 mod sampling;
@@ -32,6 +34,8 @@ pub use permute::{
 };
 pub use rms_norm::{add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_into};
 pub use rope::{RopeBuffers, RopeCache, RopeTable, rope_into};
+pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
+pub use linear::{LinearInput, linear, linear_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
 pub use rows::{add_into, embedding, embedding_into};
 pub use sampling::{SampleInput, argmax, argmax_into, argmax_workspace, sample, sample_into};

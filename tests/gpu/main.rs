@@ -5,6 +5,7 @@
 //! and `ANABRANCH_REQUIRE_GPU=1` makes a missing GPU a failure.
 
 mod combine;
+mod grouped_gemm;
 #[path = "../common/layers.rs"]
 mod layers;
 mod numbers;

@@ -1,0 +1,116 @@
+//! linear: the product with one expert that has every row.
+
+use anabranch::cuda::{Epilogue, LinearInput, Stream, Tile, linear, linear_into};
+use half::bf16;
+use proptest::{prelude::*, test_runner::TestCaseError};
+
+use super::{
+    Output,
+    cases::{BF16, F32, any_epilogue, close, floats, noise, product},
+    tiles,
+};
+use crate::support::{Guarded, on_gpu, runner};
+
+#[derive(Debug, Clone, Copy)]
+struct Dense {
+    num_tokens: usize,
+    inner: usize,
+    out: usize,
+    epilogue: Epilogue,
+    bias: bool,
+    seed: u64,
+}
+
+fn multiply<O: Output>(
+    stream: &Stream,
+    dense: &Dense,
+    x: &[bf16],
+    weight: &[bf16],
+    bias: Option<&[f32]>,
+    tile: Tile,
+) -> Vec<O> {
+    let Dense { num_tokens, inner, out, epilogue, .. } = *dense;
+    let poison = bf16::from_f32(3.0e38);
+    let x = Guarded::holding(stream, [num_tokens, inner], x, poison, 0);
+    let weight = Guarded::holding(stream, [weight.len() / inner, inner], weight, poison, 0);
+    let bias = bias.map(|bias| Guarded::holding(stream, [out], bias, 3.0e38, 0));
+    let mut y = Guarded::new(stream, [num_tokens, out], O::poison(), 0);
+    let bias = bias.as_ref().map(Guarded::view);
+    let input = LinearInput { x: x.view(), weight: weight.view(), bias, epilogue, tile };
+    linear_into(stream, &input, &mut y.view_mut()).unwrap();
+    y.read(stream)
+}
+
+fn check<O: Output>(stream: &Stream, dense: &Dense) -> Result<(), String> {
+    let Dense { num_tokens, inner, out, epilogue, bias, seed } = *dense;
+    let x = noise(num_tokens * inner, 1.0, seed);
+    let stacked = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+    let weight = noise(stacked * out * inner, 3.0 / (inner as f32).sqrt(), seed ^ 1);
+    let bias = bias.then(|| floats(&noise(out, 1.0, seed ^ 2)));
+    let y: Vec<O> = multiply(stream, dense, &x, &weight, bias.as_deref(), Tile::Auto);
+    let other = tiles(stream)[seed as usize % tiles(stream).len()];
+    if y != multiply(stream, dense, &x, &weight, bias.as_deref(), other) {
+        return Err(format!("the tile that is chosen and {other:?} give different bits"));
+    }
+    let y: Vec<f32> = y.into_iter().map(Into::into).collect();
+    let expected = product(&floats(&x), [inner, out], &weight, bias.as_deref(), epilogue);
+    close(&y, &expected, out, if size_of::<O>() == 4 { F32 } else { BF16 })
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn agrees_with_the_reference_over_all_shapes() {
+    on_gpu(|stream| {
+        let shapes = (0..300_usize, 1..=70_usize, 1..=70_usize, any_epilogue(), any::<[bool; 2]>(), any::<u64>());
+        let tried = |(num_tokens, inner, out, epilogue, [bias, wide], seed): (_, usize, usize, _, [bool; 2], _)| {
+            let bias = bias && epilogue != Epilogue::SwiGlu;
+            let dense = Dense { num_tokens, inner: 8 * inner, out: 8 * out, epilogue, bias, seed };
+            let checked = if wide { check::<f32>(stream, &dense) } else { check::<bf16>(stream, &dense) };
+            checked.map_err(TestCaseError::fail)
+        };
+        runner().run(&shapes, tried).unwrap();
+    });
+}
+
+/// As wide as a vocabulary, as tall as a prompt.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn many_rows_and_many_columns() {
+    on_gpu(|stream| {
+        let dense = Dense { num_tokens: 4100, inner: 40, out: 264, epilogue: Epilogue::Linear, bias: true, seed: 1 };
+        check::<bf16>(stream, &dense).unwrap();
+        check::<f32>(stream, &Dense { num_tokens: 3, inner: 64, out: 151_936, ..dense }).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn allocating_form_agrees() {
+    on_gpu(|stream| {
+        let dense = Dense { num_tokens: 5, inner: 72, out: 24, epilogue: Epilogue::Gelu, bias: false, seed: 2 };
+        let (x, weight) = (noise(5 * 72, 1.0, 3), noise(24 * 72, 0.5, 4));
+        let expected: Vec<f32> = multiply(stream, &dense, &x, &weight, None, Tile::Auto);
+        let (x, weight) = (stream.upload([5, 72], &x).unwrap(), stream.upload([24, 72], &weight).unwrap());
+        let input =
+            LinearInput { x: x.view(), weight: weight.view(), bias: None, epilogue: Epilogue::Gelu, tile: Tile::Auto };
+        let y = linear::<f32>(stream, &input).unwrap();
+        assert_eq!(stream.download(&y.view()).unwrap(), expected);
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn bad_calls_are_refused_before_anything_is_launched() {
+    on_gpu(|stream| {
+        let (x, weight) = (stream.zeros::<bf16>([3, 24]).unwrap(), stream.zeros::<bf16>([16, 16]).unwrap());
+        let input = LinearInput {
+            x: x.view(),
+            weight: weight.view(),
+            bias: None,
+            epilogue: Epilogue::Linear,
+            tile: Tile::Auto,
+        };
+        let error = linear::<bf16>(stream, &input).unwrap_err().to_string();
+        assert_eq!(error, "linear: weight must be [16, 24], got [16, 16]");
+    });
+}
