@@ -5,8 +5,9 @@
 //! the operation's own data allows, timed by CUDA events and divided by their number: the time that a launch takes within a
 //! model's step, its gap to the next one included.
 
+mod attention;
 mod router;
 mod timing;
 
-criterion::criterion_group!(benches, router::bench);
+criterion::criterion_group!(benches, router::bench, attention::bench);
 criterion::criterion_main!(benches);

@@ -8,6 +8,7 @@
 //!
 //! Who brings buffers of their own passes views of cudarc's: [`View::new`], [`ViewMut::new`], [`Stream::from_cudarc`].
 
+mod attention;
 mod device;
 mod launch;
 mod router;
@@ -15,6 +16,7 @@ mod stream;
 mod sys;
 mod tensor;
 
+pub use attention::{AttentionBatch, AttentionInput, attention, attention_into, attention_workspace};
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
 pub use device::Device;
