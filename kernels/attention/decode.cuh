@@ -58,7 +58,7 @@ struct DecodeTile {
 // other.
 template <class Tile>
 __device__ __forceinline__ void score(float (&scores)[Tile::kMmaKeys][4], const typename Tile::Key::Address& q,
-                                      const typename Tile::Key::Address& k, uint32_t k_four) {
+                                      const typename Tile::Key::Address& k) {
   float odd[Tile::kMmaKeys][4] = {};
 #pragma unroll
   for (uint32_t slice = 0; slice < Tile::kKeyDim / 16; slice += 2) {
@@ -67,9 +67,7 @@ __device__ __forceinline__ void score(float (&scores)[Tile::kMmaKeys][4], const 
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) ptx::ldmatrix_x4(a[i][0], a[i][1], a[i][2], a[i][3], q.at(0, slice + i));
     if constexpr (Tile::kMmaKeys == 1) {
-      // Eight keys: the four chunks of two slices at once.
-      const uint32_t at = k.row + slice / 4 * 128 + (k_four ^ (slice % 4 * 32));
-      ptx::ldmatrix_x4(b[0][0][0], b[0][0][1], b[1][0][0], b[1][0][1], at);
+      ptx::ldmatrix_x4(b[0][0][0], b[0][0][1], b[1][0][0], b[1][0][1], k.at(0, slice));
     } else {
 #pragma unroll
       for (uint32_t i = 0; i < 2; ++i) {
@@ -173,9 +171,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) decode(con
   const uint32_t warp_keys = warp % Tile::kWarpsKeys;
   const uint32_t first_key = warp_keys * Tile::kWarpKeys;
   const typename Tile::Key::Address q_at(shared_q, warp_row + lane % 16, lane / 16);
-  const uint32_t k_row = Tile::kMmaKeys == 1 ? lane % 8 : lane % 8 + lane / 16 * 8;
-  typename Tile::Key::Address k_at(shared_k, first_key + k_row, lane / 8 % 2);
-  const uint32_t k_four = ((lane / 8) ^ (lane % 8)) * 16;
+  // Eight keys: the four chunks of two slices. Sixteen: the two of one.
+  typename Tile::Key::Address k_at(shared_k, first_key + (Tile::kMmaKeys == 1 ? lane % 8 : lane % 8 + lane / 16 * 8),
+                                   Tile::kMmaKeys == 1 ? lane / 8 : lane / 8 % 2);
   const typename Tile::Weight::Address w_at(static_cast<uint32_t>(__cvta_generic_to_shared(weights)), lane % 16,
                                             lane / 16);
   typename Tile::Value::Address v_at(shared_v, lane % 16, lane / 16);
@@ -209,7 +207,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) decode(con
     if (tile + 1 < tiles) copy_tile(tile + 1);
 
     float scores[Tile::kMmaKeys][4] = {};
-    score<Tile>(scores, q_at, k_at, k_four);
+    score<Tile>(scores, q_at, k_at);
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
       float largest = -INFINITY;
@@ -279,8 +277,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) decode(con
     }
     // To the other stage.
     const uint32_t step = tile % 2 == 0 ? Tile::kStageBytes : 0 - Tile::kStageBytes;
-    k_at.row += step;
-    v_at.row += step;
+    k_at.first += step;
+    v_at.first += step;
   }
 
 #pragma unroll

@@ -15,6 +15,7 @@
 #include "ptx/ldmatrix_trans.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/special.cuh"
 
 namespace anabranch::attention {
 
@@ -164,38 +165,31 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) prefill(co
 
   const uint32_t last_query = min(first_query + Tile::kRows, sequence.queries) - 1;
   const uint32_t keys = static_cast<uint32_t>(max(sequence.visible(last_query), 0));
-  const uint32_t tiles = (keys + Tile::kKeys - 1) / Tile::kKeys;
   const uint32_t kv_head = head / args.group;
-  const __nv_bfloat16* k_rows = args.keys + sequence.first_row * args.key_stride + kv_head * args.key_dim;
-  const __nv_bfloat16* v_rows = args.values + sequence.first_row * args.value_stride + kv_head * args.value_dim;
-  const auto copy_keys = [&](uint32_t tile) {
-    const uint32_t skipped = tile * Tile::kKeys;
-    Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(shared_k, keys - skipped, args.key_dim,
-                                                          k_rows + static_cast<uint64_t>(skipped) * args.key_stride,
-                                                          args.key_stride);
+  const uint32_t cache_row = static_cast<uint32_t>(sequence.first_row);
+  const auto copy_keys = [&](uint32_t first) {
+    const uint64_t row = cache_row + first;
+    const __nv_bfloat16* from = args.keys + row * args.key_stride + kv_head * args.key_dim;
+    Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(shared_k, keys - first, args.key_dim, from, args.key_stride);
     ptx::cp_async_commit();
   };
-  const auto copy_values = [&](uint32_t tile) {
-    const uint32_t skipped = tile * Tile::kKeys;
-    Tile::Value::template copy<Tile::kKeys, Tile::kThreads>(shared_v, keys - skipped, args.value_dim,
-                                                            v_rows + static_cast<uint64_t>(skipped) * args.value_stride,
+  const auto copy_values = [&](uint32_t first) {
+    const uint64_t row = cache_row + first;
+    const __nv_bfloat16* from = args.values + row * args.value_stride + kv_head * args.value_dim;
+    Tile::Value::template copy<Tile::kKeys, Tile::kThreads>(shared_v, keys - first, args.value_dim, from,
                                                             args.value_stride);
     ptx::cp_async_commit();
   };
 
   const uint64_t first_token = sequence.first_token + first_query;
   const __nv_bfloat16* q_rows = args.q + (first_token * args.num_heads + head) * args.key_dim;
-  if (tiles > 0) {
+  if (keys > 0) {
     Tile::Key::template copy<Tile::kRows, Tile::kThreads>(shared_q, last_query + 1 - first_query, args.key_dim, q_rows,
                                                           args.num_heads * args.key_dim);
     copy_keys(0);
   }
 
-  const uint32_t lane = threadIdx.x % 32;
   const uint32_t warp_row = threadIdx.x / 32 * Tile::kWarpRows;
-  const typename Tile::Key::Address q_at(shared_q, warp_row + lane % 16, lane / 16);
-  const typename Tile::Key::Address k_at(shared_k, lane % 16, lane / 16);
-  const typename Tile::Value::Address v_at(shared_v, lane % 16, lane / 16);
   const int warp_visible = sequence.visible(first_query + warp_row);
   Sums<Tile> sums = {};
   float row_max[Tile::kMmaM][2];
@@ -204,30 +198,36 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) prefill(co
   for (uint32_t m = 0; m < Tile::kMmaM; ++m) row_max[m][0] = row_max[m][1] = -INFINITY;
 
 #pragma unroll 1
-  for (uint32_t tile = 0; tile < tiles; ++tile) {
-    const int first_key = static_cast<int>(tile * Tile::kKeys);
+  for (uint32_t first = 0; first < keys; first += Tile::kKeys) {
+    const int first_key = static_cast<int>(first);
     // The diagonal leaves nothing of the last tiles to the first warps.
-    const bool sees = __any_sync(kFullWarp, first_key < warp_visible + static_cast<int>(Tile::kWarpRows) - 1);
+    const bool sees = first_key < warp_visible + static_cast<int>(Tile::kWarpRows) - 1;
     ptx::cp_async_wait<0>();
     __syncthreads();  // keys are here, and nobody reads the values before
-    copy_values(tile);
+    copy_values(first);
     Scores<Tile> scores = {};
-    if (sees) score<Tile>(scores, q_at, k_at);
+    if (sees) {
+      const uint32_t lane = ptx::tid_x() % 32;
+      score<Tile>(scores, typename Tile::Key::Address(shared_q + warp_row * Tile::Key::kBytes, lane % 16, lane / 16),
+                  typename Tile::Key::Address(shared_k, lane % 16, lane / 16));
+    }
     ptx::cp_async_wait<0>();
     __syncthreads();  // values are here, and nobody reads the keys
-    if (tile + 1 < tiles) copy_keys(tile + 1);
+    if (first + Tile::kKeys < keys) copy_keys(first + Tile::kKeys);
     if (sees) {
+      const uint32_t lane = ptx::tid_x() % 32;
       if (first_key + static_cast<int>(Tile::kKeys) > warp_visible) {
         mask<Tile>(scores, warp_visible + static_cast<int>(lane / 4), first_key + static_cast<int>(lane % 4 * 2));
       }
       Weights<Tile> weights;
       weigh<Tile>(weights, scores, sums, row_max, row_sum, args.scale_log2);
-      add_values<Tile>(sums, weights, v_at);
+      add_values<Tile>(sums, weights, typename Tile::Value::Address(shared_v, lane % 16, lane / 16));
     }
   }
   ptx::cp_async_wait<0>();
 
-  // Read again: over the loop registers are short.
+  // Read again: over the loop registers are short, which is also why addresses are made where they are used.
+  const uint32_t lane = ptx::tid_x() % 32;
   const Sequence same(args, blockIdx.x / args.num_heads);
 #pragma unroll
   for (uint32_t m = 0; m < Tile::kMmaM; ++m) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "ptx/cp_async.cuh"
+#include "ptx/special.cuh"
 
 namespace anabranch::attention {
 
@@ -18,16 +19,15 @@ struct Rows {
   // For ldmatrix: a lane always addresses rows that are the same modulo 8, and chunks 2 s and 2 s + 1 of slice s (16
   // elements), so that one address and an exclusive-or serve all slices.
   struct Address {
-    uint32_t row;
-    uint32_t chunk;
+    uint32_t first;
 
-    // `shared` is row 0, `row` this lane's first row, `upper` whether it reads the second chunk of a slice.
-    __device__ __forceinline__ Address(uint32_t shared, uint32_t row_, uint32_t upper)
-        : row(shared + row_ * kBytes), chunk((upper ^ (row_ % 8)) * 16) {}
+    // `shared` is row 0, on 128 bytes; `row` this lane's first row, `chunk` its chunk of slice 0.
+    __device__ __forceinline__ Address(uint32_t shared, uint32_t row, uint32_t chunk)
+        : first(shared + row * kBytes + (chunk ^ (row % 8)) * 16) {}
 
     // `skipped` is a multiple of 8.
     __device__ __forceinline__ uint32_t at(uint32_t skipped, uint32_t slice) const {
-      return row + skipped * kBytes + slice / 4 * 128 + (chunk ^ (slice % 4 * 32));
+      return (first ^ (slice % 4 * 32)) + skipped * kBytes + slice / 4 * 128;
     }
   };
 
@@ -37,11 +37,12 @@ struct Rows {
   __device__ __forceinline__ static void copy(uint32_t shared, uint32_t rows, uint32_t dim, RowAt row_at) {
     constexpr uint32_t kStep = kThreads / 8;
     static_assert(kCount % kStep == 0 && kStep % 8 == 0);
-    const uint32_t row = threadIdx.x / 8;
+    const uint32_t thread = threadIdx.x;
+    const uint32_t row = thread / 8;
 #pragma unroll
     for (uint32_t pass = 0; pass < kCount / kStep; ++pass) {
       const uint32_t skipped = pass * kStep;
-      copy_row(shared + skipped * kBytes, row_at(row + skipped) + threadIdx.x % 8 * 8, row + skipped < rows, dim);
+      copy_row(thread, shared + skipped * kBytes, row_at(row + skipped) + thread % 8 * 8, row + skipped < rows, dim);
     }
   }
 
@@ -51,22 +52,23 @@ struct Rows {
                                               uint32_t stride) {
     constexpr uint32_t kStep = kThreads / 8;
     static_assert(kCount % kStep == 0 && kStep % 8 == 0);
-    const uint32_t row = threadIdx.x / 8;
-    from += static_cast<uint64_t>(row) * stride + threadIdx.x % 8 * 8;
+    const uint32_t thread = ptx::tid_x();
+    const uint32_t row = thread / 8;
+    from += static_cast<uint64_t>(row) * stride + thread % 8 * 8;
 #pragma unroll
     for (uint32_t pass = 0; pass < kCount / kStep; ++pass) {
       const uint32_t skipped = pass * kStep;
-      copy_row(shared + skipped * kBytes, from, row + skipped < rows, dim);
+      copy_row(thread, shared + skipped * kBytes, from, row + skipped < rows, dim);
       from += static_cast<uint64_t>(kStep) * stride;
     }
   }
 
  private:
-  // This thread's chunks of a row; `shared` is where row 0 of the pass lies.
-  __device__ __forceinline__ static void copy_row(uint32_t shared, const __nv_bfloat16* source, bool valid,
-                                                  uint32_t dim) {
-    const uint32_t row = threadIdx.x / 8;
-    const uint32_t chunk = threadIdx.x % 8;
+  // A thread's chunks of a row; `shared` is where row 0 of the pass lies.
+  __device__ __forceinline__ static void copy_row(uint32_t thread, uint32_t shared, const __nv_bfloat16* source,
+                                                  bool valid, uint32_t dim) {
+    const uint32_t row = thread / 8;
+    const uint32_t chunk = thread % 8;
     const uint32_t target = shared + row * kBytes + (chunk ^ (row % 8)) * 16;
 #pragma unroll
     for (uint32_t piece = 0; piece < kPieces; ++piece) {
