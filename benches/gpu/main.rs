@@ -5,11 +5,12 @@
 //! the operation's own data allows, timed by CUDA events and divided by their number: the time that a launch takes within a
 //! model's step, its gap to the next one included.
 
+mod attention;
 mod combine;
+mod grouped_gemm;
 mod permute;
 mod rms_norm;
 mod rope;
-mod grouped_gemm;
 mod router;
 mod rows;
 mod sampling;
@@ -20,11 +21,12 @@ criterion::criterion_group!(
     benches,
     router::bench,
     permute::bench,
+    grouped_gemm::bench,
     combine::bench,
     rms_norm::bench,
     rope::bench,
+    attention::bench,
     rows::bench,
     sampling::bench
 );
-criterion::criterion_group!(benches, router::bench, grouped_gemm::bench);
 criterion::criterion_main!(benches);

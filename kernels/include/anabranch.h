@@ -413,6 +413,61 @@ typedef struct AnabranchGroupedGemmParams {
 
 // Multiplies. `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params, AnabranchStream stream);
+// ---- attention ----
+
+// Causal attention of the newest tokens of several sequences over a cache of keys and values.
+//
+// Sequence b has the tokens q_offsets[b] to q_offsets[b + 1] - 1 of q, T_b of them, which are its last ones, and
+// kv_lengths[b] = S_b keys, those of these tokens included. Position s lies in row kv_rows[b] + s of the cache. Query i
+// sees positions 0 to S_b - T_b + i. Query head h reads key head h * num_kv_heads / num_heads.
+typedef struct AnabranchAttentionParams {
+  // T, rows of q and out; T * num_heads is below 2^31.
+  uint64_t num_tokens;
+  // B, below 2^31; some may have no tokens.
+  uint32_t num_sequences;
+  // A multiple of num_kv_heads.
+  uint32_t num_heads;
+  uint32_t num_kv_heads;
+  // Elements of a query and key head: a multiple of 8, up to 192, and up to 576 where `values` is `keys`, there is one
+  // key head and value_dim is no more than this.
+  uint32_t key_dim;
+  // Elements of a value head: a multiple of 8, up to 128, and up to 512 under the same conditions.
+  uint32_t value_dim;
+  // Multiplies the scores; positive.
+  float scale;
+  // The most tokens of a sequence: those past it are not computed.
+  uint32_t max_q_len;
+  // The most keys of a sequence, as far as the host knows. It decides how the work is split, not the result's meaning.
+  uint32_t max_kv_len;
+  // [T, num_heads * key_dim] bf16, rotated; aligned to 16.
+  const void* q;
+  // cache_rows rows of bf16, aligned to 16, of which the first num_kv_heads * key_dim (value_dim) elements are read.
+  // One cache may be both, as latent attention has it.
+  const void* keys;
+  const void* values;
+  uint64_t cache_rows;
+  // Elements from a row to the next: multiples of 8 below 2^31.
+  uint64_t key_stride;
+  uint64_t value_stride;
+  // [B + 1], ascending, the last at most T. Rows of out from there on are not written.
+  const uint32_t* q_offsets;
+  // [B]; a row that sees no key is NaN.
+  const uint32_t* kv_lengths;
+  // [B]
+  const uint32_t* kv_rows;
+  // [T, num_heads * value_dim] bf16, aligned to 16.
+  void* out;
+  // Aligned to 16.
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchAttentionParams;
+
+// Bytes of workspace that anabranch_attention needs for these sizes on the current device. Of `params`, a host pointer
+// as `bytes` is, the device pointers are only compared: whether `values` is `keys` matters.
+AnabranchStatus anabranch_attention_workspace(const AnabranchAttentionParams* params, uint64_t* bytes);
+
+// `params` is a host pointer, read before this returns.
+AnabranchStatus anabranch_attention(const AnabranchAttentionParams* params, AnabranchStream stream);
 
 #ifdef __cplusplus
 }

@@ -8,15 +8,16 @@
 //!
 //! Who brings buffers of their own passes views of cudarc's: [`View::new`], [`ViewMut::new`], [`Stream::from_cudarc`].
 
+mod attention;
 mod checks;
 mod combine;
 mod device;
 mod grouped_gemm;
 mod launch;
+mod linear;
 mod permute;
 mod rms_norm;
 mod rope;
-mod linear;
 mod router;
 mod rows;
 mod sampling;
@@ -24,18 +25,19 @@ mod stream;
 mod sys;
 mod tensor;
 
+pub use attention::{AttentionBatch, AttentionInput, attention, attention_into, attention_workspace};
 pub use checks::{Float, HeadRange};
 pub use combine::{CombineInput, combine, combine_into};
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
 pub use device::Device;
+pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
+pub use linear::{LinearInput, linear, linear_into};
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,
 };
 pub use rms_norm::{add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_into};
 pub use rope::{RopeBuffers, RopeCache, RopeTable, rope_into};
-pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
-pub use linear::{LinearInput, linear, linear_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
 pub use rows::{add_into, embedding, embedding_into};
 pub use sampling::{SampleInput, argmax, argmax_into, argmax_workspace, sample, sample_into};

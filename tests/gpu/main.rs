@@ -4,6 +4,7 @@
 //! `ANABRANCH_CASES` is the number of cases of each property (512), `ANABRANCH_GOLDEN` the folder of golden data,
 //! and `ANABRANCH_REQUIRE_GPU=1` makes a missing GPU a failure.
 
+mod attention;
 mod combine;
 mod grouped_gemm;
 #[path = "../common/layers.rs"]

@@ -1,0 +1,342 @@
+//! attention: prefill and decoding over a cache, for batches of any lengths.
+
+mod cases;
+
+use anabranch::{
+    Error,
+    cuda::{
+        AttentionBatch, AttentionInput, Stream, attention, attention_into, attention_workspace,
+        cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
+    },
+    reference::AttentionShape,
+};
+use cases::{Case, Data, any_case, floats};
+use half::bf16;
+use proptest::test_runner::TestCaseError;
+
+use crate::support::{Guarded, on_gpu, runner};
+
+/// What the result starts as.
+const POISON: bf16 = bf16::from_f32_const(-77.0);
+
+/// What a call reads, on the device and guarded.
+struct Inputs {
+    shape: AttentionShape,
+    bounds: [usize; 2],
+    q: Guarded<bf16>,
+    keys: Guarded<bf16>,
+    values: Option<Guarded<bf16>>,
+    q_offsets: Guarded<u32>,
+    kv_lengths: Guarded<u32>,
+    kv_rows: Guarded<u32>,
+}
+
+impl Inputs {
+    fn new(stream: &Stream, case: &Case, data: &Data) -> Self {
+        let numbers = |values: &[u32]| Guarded::holding(stream, [values.len()], values, 9, 0);
+        let matrix = |rows, width, values: &[bf16]| Guarded::holding(stream, [rows, width], values, POISON, 0);
+        let shape = case.shape;
+        Self {
+            shape,
+            bounds: case.bounds(),
+            q: matrix(case.tokens(), shape.num_heads * shape.key_dim, &data.q),
+            keys: matrix(data.rows, data.strides[0], &data.keys),
+            values: (!case.latent).then(|| matrix(data.rows, data.strides[1], &data.values)),
+            q_offsets: numbers(&data.q_offsets),
+            kv_lengths: numbers(&data.kv_lengths),
+            kv_rows: numbers(&data.kv_rows),
+        }
+    }
+
+    fn views(&self) -> AttentionInput<'_> {
+        AttentionInput {
+            q: self.q.view(),
+            keys: self.keys.view(),
+            values: self.values.as_ref().map(Guarded::view),
+            batch: AttentionBatch {
+                q_offsets: self.q_offsets.view(),
+                kv_lengths: self.kv_lengths.view(),
+                kv_rows: self.kv_rows.view(),
+                max_q_len: self.bounds[0],
+                max_kv_len: self.bounds[1],
+            },
+        }
+    }
+}
+
+/// One call, what it writes poisoned and guarded.
+struct Call {
+    inputs: Inputs,
+    workspace: Guarded<u8>,
+    out: Guarded<bf16>,
+}
+
+impl Call {
+    fn new(stream: &Stream, case: &Case, data: &Data) -> Self {
+        let (inputs, shape) = (Inputs::new(stream, case, data), case.shape);
+        let bytes = attention_workspace(stream, &shape, &inputs.views()).unwrap();
+        Self {
+            inputs,
+            workspace: Guarded::new(stream, [bytes], 0xa5, 0),
+            out: Guarded::new(stream, [case.tokens(), shape.num_heads * shape.value_dim], POISON, 0),
+        }
+    }
+
+    fn launch(&mut self, stream: &Stream) -> Result<(), Error> {
+        let Self { inputs, workspace, out } = self;
+        attention_into(stream, &inputs.shape, &inputs.views(), &mut workspace.view_mut(), &mut out.view_mut())
+    }
+
+    /// The result, once nothing outside of it is found changed.
+    fn read(&self, stream: &Stream) -> Vec<bf16> {
+        self.workspace.read(stream);
+        self.out.read(stream)
+    }
+}
+
+fn attend(stream: &Stream, case: &Case, data: &Data) -> Vec<bf16> {
+    let mut call = Call::new(stream, case, data);
+    call.launch(stream).unwrap();
+    call.read(stream)
+}
+
+fn bits(values: &[bf16]) -> Vec<u16> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// ||got - expected|| and ||expected||.
+fn norms(got: &[f32], expected: &[f32]) -> (f64, f64) {
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    (squares(&mut got.iter().zip(expected).map(|(a, b)| a - b)), squares(&mut expected.iter().copied()))
+}
+
+/// Within 1e-2 of everything, and 3e-2 of every head of every token.
+fn compare(shape: &AttentionShape, got: &[bf16], expected: &[f32]) -> Result<(), String> {
+    let got = floats(got);
+    assert_eq!(got.len(), expected.len());
+    for (row, (got, expected)) in
+        got.chunks_exact(shape.value_dim).zip(expected.chunks_exact(shape.value_dim)).enumerate()
+    {
+        let (error, norm) = norms(got, expected);
+        if error.is_nan() || error > 3e-2 * norm {
+            let (token, head) = (row / shape.num_heads, row % shape.num_heads);
+            return Err(format!("token {token}, head {head}: error {error} of {norm}\n{got:?}\nnot\n{expected:?}"));
+        }
+    }
+    let (error, norm) = norms(&got, expected);
+    if error <= 1e-2 * norm { Ok(()) } else { Err(format!("error {error} of {norm}")) }
+}
+
+fn check_case(stream: &Stream, case: &Case) -> Result<(), String> {
+    let data = case.data();
+    let out = attend(stream, case, &data);
+    if bits(&out) != bits(&attend(stream, case, &data)) {
+        return Err("the same call twice gave different bits".to_owned());
+    }
+    compare(&case.shape, &out, &case.expected(&data))
+}
+
+fn heads(num_heads: usize, num_kv_heads: usize, key_dim: usize, value_dim: usize) -> AttentionShape {
+    AttentionShape { num_heads, num_kv_heads, key_dim, value_dim, scale: (key_dim as f32).powf(-0.5) }
+}
+
+fn plain(shape: AttentionShape, latent: bool, lengths: &[(usize, usize)]) -> Case {
+    Case { shape, latent, lengths: lengths.to_vec(), slack: [0, 0], padding: 0, gain: 1.0, seed: 11 }
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn agrees_with_the_reference_over_all_shapes() {
+    on_gpu(|stream| {
+        let tried = |case: Case| check_case(stream, &case).map_err(TestCaseError::fail);
+        runner().run(&any_case(), tried).unwrap();
+    });
+}
+
+/// Every kernel once, at lengths that no case of the property reaches.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn long_contexts() {
+    on_gpu(|stream| {
+        for (shape, latent, lengths) in [
+            (heads(8, 2, 64, 64), false, &[(1, 32_768), (1, 1), (3, 20_000)][..]),
+            (heads(8, 1, 128, 128), false, &[(1, 32_768)]),
+            (heads(2, 2, 192, 128), false, &[(2, 32_768)]),
+            (heads(2, 1, 128, 128), false, &[(150, 32_768), (1, 17)]),
+            (heads(16, 1, 576, 512), true, &[(1, 32_768), (1, 5)]),
+            (heads(128, 1, 576, 512), true, &[(1, 32_768)]),
+        ] {
+            check_case(stream, &plain(shape, latent, lengths)).unwrap_or_else(|error| panic!("{shape:?}: {error}"));
+        }
+    });
+}
+
+/// As a cache that was made for long texts holds short ones: most parts of the keys are empty.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn bounds_far_above_the_lengths() {
+    on_gpu(|stream| {
+        for (shape, latent) in [(heads(32, 4, 128, 128), false), (heads(16, 1, 576, 512), true)] {
+            let case = Case { slack: [0, 32_000], ..plain(shape, latent, &[(1, 3), (0, 9), (1, 700), (1, 64)]) };
+            check_case(stream, &case).unwrap();
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn no_tokens_write_nothing() {
+    on_gpu(|stream| {
+        assert_eq!(check_case(stream, &plain(heads(4, 2, 64, 64), false, &[])), Ok(()));
+        assert_eq!(check_case(stream, &plain(heads(4, 2, 64, 64), false, &[(0, 5), (0, 0)])), Ok(()));
+    });
+}
+
+/// Also in the tiles of keys that it shares with a sequence's end.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn a_nan_stays_in_its_sequence() {
+    on_gpu(|stream| {
+        for (shape, latent, lengths) in [
+            (heads(4, 2, 128, 128), false, &[(90, 100), (70, 70), (1, 33)][..]),
+            (heads(4, 2, 128, 128), false, &[(1, 100), (1, 70), (2, 33)]),
+            (heads(16, 1, 576, 512), true, &[(1, 100), (1, 70), (3, 33)]),
+        ] {
+            let case = plain(shape, latent, lengths);
+            let clean = case.data();
+            let mut dirty = case.data();
+            let first = dirty.kv_rows[1] as usize;
+            dirty.keys[first * dirty.strides[0]] = bf16::NAN;
+            let width = shape.num_heads * shape.value_dim;
+            let [clean, dirty] = [&clean, &dirty].map(|data| attend(stream, &case, data));
+            let middle = lengths[0].0 * width..(lengths[0].0 + lengths[1].0) * width;
+            // The other key head does not see it.
+            let per_kv_head = width / shape.num_kv_heads;
+            for (at, (clean, dirty)) in clean.iter().zip(&dirty).enumerate() {
+                if middle.contains(&at) && at % width < per_kv_head {
+                    assert!(dirty.is_nan(), "{shape:?}: {at}");
+                } else {
+                    assert_eq!(clean.to_bits(), dirty.to_bits(), "{shape:?}: {at}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn a_token_without_keys_is_nan() {
+    on_gpu(|stream| {
+        for tokens in [3, 200] {
+            let case = plain(heads(2, 1, 64, 64), false, &[(tokens, tokens)]);
+            let mut data = case.data();
+            data.kv_lengths[0] = tokens as u32 - 2;
+            let out = attend(stream, &case, &data);
+            let (blind, seeing) = out.split_at(2 * 128);
+            assert!(blind.iter().all(|value| value.is_nan()));
+            assert!(seeing.iter().all(|value| value.is_finite()));
+        }
+    });
+}
+
+/// Lengths and rows that lie are cut to the buffers: nothing is read or written outside.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn numbers_out_of_range_stay_inside() {
+    on_gpu(|stream| {
+        for lengths in [&[(1, 40), (1, 50)][..], &[(100, 100), (70, 90)]] {
+            let case = plain(heads(4, 2, 128, 128), false, lengths);
+            let mut data = case.data();
+            data.kv_lengths = vec![u32::MAX, 1 << 30];
+            data.kv_rows[1] = u32::MAX;
+            data.q_offsets[2] = u32::MAX;
+            attend(stream, &case, &data);
+        }
+    });
+}
+
+/// Anything that waits for the stream or allocates on the side would break the capture.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn is_captured_in_a_graph_and_replayed_with_other_lengths() {
+    on_gpu(|stream| {
+        for (shape, tokens) in [(heads(8, 2, 128, 128), 1), (heads(8, 2, 128, 128), 130)] {
+            let case = |keys: [usize; 2], seed| Case { seed, ..plain(shape, false, &keys.map(|keys| (tokens, keys))) };
+            let (short, long) = (case([200, 131], 1), case([900, 1300], 2));
+            let data = long.data();
+            let mut call = Call::new(stream, &long, &data);
+            stream.synchronize().unwrap();
+
+            let raw = stream.cudarc();
+            raw.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+            let launched = call.launch(stream);
+            let graph = raw.end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
+            launched.unwrap();
+
+            graph.launch().unwrap();
+            compare(&shape, &call.read(stream), &long.expected(&data)).unwrap();
+            // The same cache, of which less is used.
+            let fewer = Data { kv_lengths: vec![200, 131], ..long.data() };
+            call.inputs.kv_lengths.fill(stream, &fewer.kv_lengths);
+            graph.launch().unwrap();
+            let expected = Case { lengths: short.lengths, ..long }.expected(&fewer);
+            compare(&shape, &call.read(stream), &expected).unwrap();
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn allocating_form_agrees() {
+    on_gpu(|stream| {
+        let case = plain(heads(8, 2, 64, 64), false, &[(1, 500), (1, 20)]);
+        let data = case.data();
+        let inputs = Inputs::new(stream, &case, &data);
+        let out = attention(stream, &case.shape, &inputs.views()).unwrap();
+        assert_eq!(bits(&stream.download(&out.view()).unwrap()), bits(&attend(stream, &case, &data)));
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn bad_calls_are_refused_before_anything_is_launched() {
+    on_gpu(|stream| {
+        let case = plain(heads(4, 2, 64, 64), false, &[(2, 9)]);
+        let inputs = Inputs::new(stream, &case, &case.data());
+        let refused = |shape: AttentionShape, input: &AttentionInput<'_>| {
+            attention(stream, &shape, input).unwrap_err().to_string()
+        };
+        let shape = case.shape;
+        assert_eq!(
+            refused(AttentionShape { num_heads: 3, ..shape }, &inputs.views()),
+            "attention: heads must be a multiple of the key heads, got 3 and 2"
+        );
+        assert_eq!(
+            refused(AttentionShape { key_dim: 60, ..shape }, &inputs.views()),
+            "attention: elements of a head and of a cache row must be multiples of 8, got 60, 64, 128 and 128"
+        );
+        assert_eq!(
+            refused(AttentionShape { key_dim: 72, ..shape }, &inputs.views()),
+            "attention: cache rows must be wide enough for all heads, got 128 and 128 for 2 heads of 72 and 64"
+        );
+        assert_eq!(
+            refused(AttentionShape { scale: 0.0, ..shape }, &inputs.views()),
+            "attention: scale must be positive and finite, got 0"
+        );
+        assert_eq!(
+            refused(AttentionShape { key_dim: 32, ..shape }, &inputs.views()),
+            "attention: q must be [2, 128], got [2, 256]"
+        );
+        assert_eq!(
+            refused(shape, &AttentionInput { values: None, ..inputs.views() }),
+            "attention: key heads must be 1 where there are no values but the keys, got 2"
+        );
+        let wide = plain(heads(1, 1, 256, 256), false, &[(1, 4)]);
+        let keys = stream.zeros::<bf16>([8, 256]).unwrap();
+        let input = AttentionInput { q: keys.view(), keys: keys.view(), values: Some(keys.view()), ..inputs.views() };
+        assert_eq!(
+            refused(wide.shape, &input),
+            "attention: the kernel was not launched: there is no kernel for this data type, shape or architecture"
+        );
+    });
+}
