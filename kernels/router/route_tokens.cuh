@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(k
   Scratch* scratch = reinterpret_cast<Scratch*>(row + Shape::kRow);
   float* group_score = row + Shape::kRow + kScratchWords;
 
+#pragma unroll 1  // a few turns at most: unrolled, its checks would cost more
   for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) counts[expert] = 0;
   __syncthreads();
 
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(k
 
   __syncthreads();
   ptx::wait_for_prerequisites();
+#pragma unroll 1
   for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) {
     if (gridDim.x == 1) {
       args.counts[expert] = counts[expert];
