@@ -28,6 +28,7 @@ struct Args {
   uint32_t topk;
   AnabranchScore score;
   AnabranchAdaptive adaptive;
+  bool has_bias;
   bool renormalize;
   bool rank_by_logits;  // nothing is done to the logits that could reorder them: rank by them, not by their scores
   bool wide_loads;      // rows start on 16 bytes (8 with two values a lane) and are whole multiples of that

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(k
     const float logit = chosen ? __ldg(logits + choice.expert) : -INFINITY;
     const float weight = weigh(args, chosen, logit, softmax, poisoned);
     if (choice.rank < args.topk) {
-      const uint64_t at = static_cast<uint64_t>(token) * args.topk + choice.rank;
+      const uint32_t at = token * args.topk + choice.rank;  // below 2^31
       args.ids[at] = chosen ? static_cast<int32_t>(choice.expert) : -1;
       args.weights[at] = chosen ? weight : 0.0f;
     }

@@ -103,6 +103,7 @@ Args args_of(const AnabranchRouterParams& params, uint32_t values) {
   args.num_experts = routing.num_experts;
   args.topk = routing.topk;
   args.score = routing.score;
+  args.has_bias = params.selection_bias != nullptr;
   args.adaptive = routing.adaptive;
   args.renormalize = routing.renormalize == ANABRANCH_RENORMALIZE_SUM;
   args.scale = routing.scale;

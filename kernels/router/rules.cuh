@@ -51,14 +51,14 @@ struct SoftmaxRule {
     args.score = ANABRANCH_SCORE_SOFTMAX;
     args.renormalize = true;
     args.rank_by_logits = true;
-    args.bias = nullptr;
+    args.has_bias = false;
     return args;
   }
 
   template <int kValues>
   static bool fits(const Args& args) {
     return is_plain<kValues>(args) && args.score == ANABRANCH_SCORE_SOFTMAX && args.renormalize &&
-           args.rank_by_logits && args.bias == nullptr && args.groups.count <= 1;
+           args.rank_by_logits && !args.has_bias && args.groups.count <= 1;
   }
 };
 
@@ -72,6 +72,7 @@ struct GroupedSigmoidRule {
   __host__ __device__ static Args fixed(Args args) {
     args = plain<kValues>(args);
     args.score = ANABRANCH_SCORE_SIGMOID;
+    args.has_bias = true;
     args.renormalize = true;
     args.rank_by_logits = false;
     args.groups.count = kGroups;
@@ -84,7 +85,7 @@ struct GroupedSigmoidRule {
   template <int kValues>
   static bool fits(const Args& args) {
     return is_plain<kValues>(args) && args.score == ANABRANCH_SCORE_SIGMOID && args.renormalize &&
-           !args.rank_by_logits && args.bias != nullptr && args.groups.count == kGroups && args.groups.top2_sum;
+           !args.rank_by_logits && args.has_bias && args.groups.count == kGroups && args.groups.top2_sum;
   }
 };
 

@@ -142,7 +142,7 @@ template <int kValues>
 __device__ __forceinline__ void selection_scores(const Args& args, float (&value)[kValues], uint32_t first,
                                                  const Softmax& softmax) {
   float bias[kValues];
-  if (args.bias != nullptr) {
+  if (args.has_bias) {
     load_row(bias, args.bias, first, args.num_experts, args.wide_loads);
   } else {
 #pragma unroll
