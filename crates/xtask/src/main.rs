@@ -2,6 +2,7 @@
 
 mod demo;
 mod deny;
+mod golden;
 mod process;
 mod stage;
 mod test;

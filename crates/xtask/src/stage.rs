@@ -2,7 +2,7 @@
 //! that runs on a GPU host which has neither Rust nor nvcc nor the sources.
 
 use crate::{
-    Failure,
+    Failure, golden,
     process::{cargo, root, target},
     toolchain,
 };
@@ -22,9 +22,10 @@ const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
     (&["build", "--package", "anabranch-cli"], "bin", "anabranch", "anabranch"),
 ];
 
-/// What goes along: path below the root, and path in the folder.
-const DATA: &[(&str, &str)] =
-    &[("tests/golden/layers", "golden/layers"), ("tests/golden/models/qwen3-moe", "golden/models/qwen3-moe")];
+/// Golden layers go along without their gradients.
+const LAYERS: (&str, &str) = ("tests/golden/layers", "golden/layers");
+/// So does a checkpoint for the demo.
+const CHECKPOINT: (&str, &str) = ("tests/golden/models/qwen3-moe", "golden/models/qwen3-moe");
 
 const RUN: &str = include_str!("run.sh");
 
@@ -41,9 +42,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
         let program = build(arguments, kind, name)?;
         copy(&program, &folder.join(staged))?;
     }
-    for (from, to) in DATA {
-        copy(&root().join(from), &folder.join(to))?;
-    }
+    copy_layers(&root().join(LAYERS.0), &folder.join(LAYERS.1))?;
+    copy(&root().join(CHECKPOINT.0), &folder.join(CHECKPOINT.1))?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
     executable(&script)?;
@@ -111,6 +111,20 @@ fn copy(from: &Path, to: &Path) -> Result<(), Failure> {
     for entry in fs::read_dir(from).map_err(|error| cannot("read", from, &error))? {
         let entry = entry.map_err(|error| cannot("read", from, &error))?;
         copy(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+/// Copies golden layers, without what only training reads.
+fn copy_layers(from: &Path, to: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(to).map_err(|error| cannot("make", to, &error))?;
+    for entry in fs::read_dir(from).map_err(|error| cannot("read", from, &error))? {
+        let path = entry.map_err(|error| cannot("read", from, &error))?.path();
+        let bytes = fs::read(&path).map_err(|error| cannot("read", &path, &error))?;
+        let forward = golden::forward_only(&bytes)
+            .ok_or_else(|| Failure::Failed(format!("{} is no golden layer that can be shortened", path.display())))?;
+        let copy = to.join(path.file_name().unwrap_or_default());
+        fs::write(&copy, forward).map_err(|error| cannot("write", &copy, &error))?;
     }
     Ok(())
 }
