@@ -48,10 +48,13 @@ fn build() -> Result<(), String> {
     kernels::compile(&nvcc, &targets, &target.join("kernels"), &out)
 }
 
-/// The workspace's target folder: cargo marks it, and does not tell its name.
+/// The workspace's target folder: cargo does not tell its name, but marks it where it made it, and keeps what it knows of
+/// the compiler there.
 #[cfg(feature = "cuda")]
 fn target_folder(out: &std::path::Path) -> std::path::PathBuf {
-    out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file()).unwrap_or(out).to_path_buf()
+    let marked =
+        |folder: &&std::path::Path| ["CACHEDIR.TAG", ".rustc_info.json"].iter().any(|mark| folder.join(mark).is_file());
+    out.ancestors().find(marked).unwrap_or(out).to_path_buf()
 }
 
 #[cfg(not(feature = "cuda"))]
