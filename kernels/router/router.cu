@@ -15,8 +15,8 @@
 // argument; the rules of rules.cuh are compiled in.
 //
 // Bounds. Bytes: 4 T (E + 2 K), one read of the logits: T = 16,384, E = 256, K = 8: 18.9 MB, 4.4 us at 4.3 TB/s. Issue:
-// 31 tokens a scheduler on 132 multiprocessors, about 430 instructions each: 7.6 us at 1.755 GHz; about 100 FLOP a
-// logit are no bound. Measured on an H200: 13.1 us for DeepSeek-V3's routing, 9.6 us for Qwen3-30B-A3B's
+// 31 tokens a scheduler on 132 multiprocessors, by estimate 430 instructions each: 7.6 us at 1.755 GHz; about 100 FLOP
+// a logit are no bound. Measured on an H200: 13.1 us for DeepSeek-V3's routing, 9.6 us for Qwen3-30B-A3B's
 // (docs/performance.md).
 
 #include <cmath>

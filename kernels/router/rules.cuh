@@ -1,5 +1,5 @@
 // Rules that are compiled in. The kernel takes every setting at run time; a rule of published models overwrites its
-// copy of them with constants, and the compiler drops what they leave no use for: two thirds of the instructions.
+// copy of them with constants, and the compiler drops what they leave no use for.
 #pragma once
 
 #include "router/args.cuh"
