@@ -469,6 +469,83 @@ AnabranchStatus anabranch_attention_workspace(const AnabranchAttentionParams* pa
 // `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_attention(const AnabranchAttentionParams* params, AnabranchStream stream);
 
+// ---- moe_layer ----
+
+// Which code path runs.
+typedef enum AnabranchArch {
+  // The newest that the device and the shape allow.
+  ANABRANCH_ARCH_AUTO = 0,
+  // mma.sync: every device from 8.0 on, every shape.
+  ANABRANCH_ARCH_SM80 = 1,
+  // TMA and wgmma: compute capability 9.0, hidden_size a multiple of 16.
+  ANABRANCH_ARCH_SM90 = 2,
+} AnabranchArch;
+
+// A mixture-of-experts layer of SwiGLU experts, bf16.
+typedef struct AnabranchMoeShape {
+  // E routed experts, K of them a token. E + num_shared is at most 1024, K + num_shared at most 32.
+  AnabranchRouting routing;
+  // S: experts of the same width that every token visits, with weight 1 (or sigmoid(shared_gate)). A shared expert of
+  // width m n is m of them.
+  uint32_t num_shared;
+  // d, a multiple of 8.
+  uint32_t hidden_size;
+  // n, a multiple of 8.
+  uint32_t intermediate_size;
+  AnabranchArch arch;
+} AnabranchMoeShape;
+
+// out[t] = sum_k topk_weights[t, k] E_k(x[t]) + g[t] sum_s S_s(x[t]),  E(x) = (silu(x W_gate^T) * (x W_up^T)) W_down^T
+typedef struct AnabranchMoeLayerParams {
+  AnabranchMoeShape shape;
+  // T; T * (K + S) is below 2^31.
+  uint64_t num_tokens;
+  // [T, d] bf16, aligned to 16.
+  const void* x;
+  // [T, E], what the router is to judge by; or null, and topk_ids and topk_weights are given.
+  const float* logits;
+  // [E], steers selection only, or null.
+  const float* selection_bias;
+  // [T]: logits of the shared experts' gate, or null for a factor of one.
+  const float* shared_gate;
+  // [E + S, 2 n, d] bf16: gate rows, then up rows of every expert, shared ones last; aligned to 16.
+  const void* gate_up;
+  // [E + S, d, n] bf16, aligned to 16.
+  const void* down;
+  // [T, K]: written where logits are given (either may then be null), else read. An id that is not an expert's (-1)
+  // adds nothing.
+  int32_t* topk_ids;
+  float* topk_weights;
+  // [T, d] bf16, aligned to 16.
+  void* out;
+  // Aligned to 256. What it holds before does not matter.
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchMoeLayerParams;
+
+// What anabranch_moe_layer does with a shape: chosen by a pure function of it and the device.
+typedef struct AnabranchMoePlan {
+  // ANABRANCH_ARCH_SM80 or ANABRANCH_ARCH_SM90.
+  AnabranchArch arch;
+  // Rows of weights, and most tokens, that a tile of the expert products has; of the first product with sm_80.
+  uint32_t tile_rows;
+  uint32_t tile_tokens;
+  // Tiles of weights and tokens on their way to shared memory at a time.
+  uint32_t stages;
+  // Blocks of the expert products' launch.
+  uint32_t blocks;
+  // Kernels from logits to output.
+  uint32_t launches;
+  uint64_t workspace_bytes;
+} AnabranchMoePlan;
+
+// Plans for up to num_tokens tokens on the current device. Both pointers are the host's. The workspace of more tokens
+// does for fewer.
+AnabranchStatus anabranch_moe_plan(const AnabranchMoeShape* shape, uint64_t num_tokens, AnabranchMoePlan* plan);
+
+// Runs the layer.
+AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, AnabranchStream stream);
+
 #ifdef __cplusplus
 }
 #endif

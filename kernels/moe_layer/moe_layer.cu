@@ -1,0 +1,206 @@
+// moe_layer: from router logits to the layer's output, one call.
+//
+//   out[t] = sum_k w[t, k] E_k(x[t]) + g[t] sum_s S_s(x[t]),   E(x) = (silu(x W_gate^T) * (x W_up^T)) W_down^T
+//
+//   x [T, d] bf16, logits [T, E] float32, gate_up [E + S, 2n, d] bf16, down [E + S, d, n] bf16 -> out [T, d] bf16
+//
+// Reference: anabranch::reference::MoeLayer. Architecture: 8.0 and newer; on 9.0 the expert products are those of
+// experts/. Alignment: 16 bytes for what is bf16, 256 for the workspace.
+//
+// This file only puts launches one after another: router, extend (with shared experts), permute, then either the sm_80
+// path (grouped_gemm with SwiGLU, grouped_gemm, combine) or the experts of 9.0.
+//
+// Bounds. FLOPs: 6 T (K + S) d n. Bytes: 6 d n an expert hit, 4 T d.
+
+#include "common/launch.cuh"
+#include "moe_layer/extend.cuh"
+#include "moe_layer/workspace.cuh"
+
+namespace anabranch::moe_layer {
+namespace {
+
+constexpr uint64_t kMaxExperts = 1024;
+constexpr uint64_t kMaxTopk = 32;
+
+Sizes sizes_of(const AnabranchMoeShape& shape, uint64_t num_tokens) {
+  return {num_tokens, uint64_t{shape.routing.num_experts} + shape.num_shared,
+          uint64_t{shape.routing.topk} + shape.num_shared, shape.hidden_size, shape.intermediate_size};
+}
+
+bool is_width(uint32_t width) {
+  return width >= 8 && width <= 1u << 30 && width % 8 == 0;
+}
+
+AnabranchStatus check_shape(const AnabranchMoeShape& shape, uint64_t num_tokens) {
+  const Sizes sizes = sizes_of(shape, num_tokens);
+  if (sizes.experts > kMaxExperts || sizes.topk > kMaxTopk || !is_width(shape.hidden_size) ||
+      !is_width(shape.intermediate_size) || num_tokens >= (uint64_t{1} << 31) / (sizes.topk == 0 ? 1 : sizes.topk)) {
+    return ANABRANCH_STATUS_SETTING;
+  }
+  if (shape.arch != ANABRANCH_ARCH_AUTO && shape.arch != ANABRANCH_ARCH_SM80 && shape.arch != ANABRANCH_ARCH_SM90) {
+    return ANABRANCH_STATUS_UNSUPPORTED;
+  }
+  uint64_t bytes = 0;
+  return anabranch_router_workspace(&shape.routing, num_tokens, &bytes);
+}
+
+AnabranchStatus permute_bytes_of(const Sizes& sizes, uint64_t* bytes) {
+  return anabranch_permute_workspace(sizes.tokens, static_cast<uint32_t>(sizes.topk),
+                                     static_cast<uint32_t>(sizes.experts), bytes);
+}
+
+AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, AnabranchMoePlan* plan) {
+  ANABRANCH_TRY(check_shape(shape, num_tokens));
+  const Sizes sizes = sizes_of(shape, num_tokens);
+  if (shape.arch == ANABRANCH_ARCH_SM90) return ANABRANCH_STATUS_UNSUPPORTED;
+  uint64_t permute_bytes = 0;
+  ANABRANCH_TRY(permute_bytes_of(sizes, &permute_bytes));
+  Parts parts(nullptr);
+  const Workspace workspace(sizes, permute_bytes, 0, parts);
+  static_cast<void>(workspace);
+  *plan = {};
+  plan->arch = ANABRANCH_ARCH_SM80;
+  plan->launches = 5 + (shape.num_shared > 0 ? 1 : 0) + (permute_bytes > 0 ? 1 : 0);
+  plan->workspace_bytes = parts.used();
+  return ANABRANCH_STATUS_OK;
+}
+
+AnabranchStatus check(const AnabranchMoeLayerParams& params, const AnabranchMoePlan& plan) {
+  if (params.num_tokens == 0) return ANABRANCH_STATUS_OK;
+  const bool routed = params.topk_ids != nullptr && params.topk_weights != nullptr;
+  if (params.x == nullptr || params.gate_up == nullptr || params.down == nullptr || params.out == nullptr ||
+      params.workspace == nullptr || (params.logits == nullptr && !routed) ||
+      (params.shared_gate != nullptr && params.shape.num_shared == 0)) {
+    return ANABRANCH_STATUS_POINTER;
+  }
+  const bool aligned = is_aligned(params.x, 16) && is_aligned(params.gate_up, 16) && is_aligned(params.down, 16) &&
+                       is_aligned(params.out, 16) && is_aligned(params.workspace, kAlign) &&
+                       is_aligned(params.logits, 4) && is_aligned(params.selection_bias, 4) &&
+                       is_aligned(params.shared_gate, 4) && is_aligned(params.topk_ids, 4) &&
+                       is_aligned(params.topk_weights, 4);
+  if (!aligned) return ANABRANCH_STATUS_ALIGNMENT;
+  return params.workspace_bytes < plan.workspace_bytes ? ANABRANCH_STATUS_WORKSPACE : ANABRANCH_STATUS_OK;
+}
+
+// Routes, or takes the routing given; `workspace` points to what the permutation and the combine are to read.
+AnabranchStatus route(const AnabranchMoeLayerParams& params, Workspace& workspace, cudaStream_t stream) {
+  const AnabranchMoeShape& shape = params.shape;
+  const bool extended = shape.num_shared > 0;
+  int32_t* ids = params.topk_ids != nullptr ? params.topk_ids : workspace.routed_ids;
+  float* weights = params.topk_weights != nullptr ? params.topk_weights : workspace.routed_weights;
+  if (params.logits != nullptr) {
+    AnabranchRouterParams router = {};
+    router.routing = shape.routing;
+    router.num_tokens = params.num_tokens;
+    router.logits = params.logits;
+    router.selection_bias = params.selection_bias;
+    router.topk_ids = ids;
+    router.topk_weights = weights;
+    router.expert_counts = workspace.counts;
+    ANABRANCH_TRY(anabranch_router(&router, stream));
+  }
+  if (!extended) {
+    workspace.ids = ids;
+    workspace.weights = weights;
+    return ANABRANCH_STATUS_OK;
+  }
+  ExtendArgs args = {};
+  args.routed_ids = ids;
+  args.routed_weights = weights;
+  args.shared_gate = params.shared_gate;
+  args.ids = workspace.ids;
+  args.weights = workspace.weights;
+  args.topk = shape.routing.topk;
+  args.shared = shape.num_shared;
+  args.num_experts = shape.routing.num_experts;
+  args.num_pairs = static_cast<uint32_t>(params.num_tokens) * (args.topk + args.shared);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = (args.num_pairs - 1) / kExtendThreads + 1;
+  config.blockDim = kExtendThreads;
+  config.stream = stream;
+  return checked(cudaLaunchKernelEx(&config, extend_topk, args));
+}
+
+AnabranchStatus permute(const Sizes& sizes, const Workspace& workspace, cudaStream_t stream) {
+  AnabranchPermuteParams permute = {};
+  permute.num_tokens = sizes.tokens;
+  permute.topk = static_cast<uint32_t>(sizes.topk);
+  permute.num_experts = static_cast<uint32_t>(sizes.experts);
+  permute.topk_ids = workspace.ids;
+  permute.expert_offsets = workspace.offsets;
+  permute.slots = workspace.slots;
+  permute.inverse = workspace.inverse;
+  permute.workspace = workspace.permute_bytes > 0 ? workspace.permute : nullptr;
+  permute.workspace_bytes = workspace.permute_bytes;
+  return anabranch_permute(&permute, stream);
+}
+
+// The expert products of 8.0 and newer, and the combine.
+AnabranchStatus experts_sm80(const AnabranchMoeLayerParams& params, const Sizes& sizes, const Workspace& workspace,
+                             cudaStream_t stream) {
+  AnabranchGroupedGemmParams gemm = {};
+  gemm.num_rows = sizes.pairs();
+  gemm.num_tokens = sizes.tokens;
+  gemm.num_experts = static_cast<uint32_t>(sizes.experts);
+  gemm.topk = static_cast<uint32_t>(sizes.topk);
+  gemm.in_features = params.shape.hidden_size;
+  gemm.out_features = params.shape.intermediate_size;
+  gemm.epilogue = ANABRANCH_EPILOGUE_SWIGLU;
+  gemm.y_dtype = ANABRANCH_DTYPE_BF16;
+  gemm.x = params.x;
+  gemm.weights = params.gate_up;
+  gemm.expert_offsets = workspace.offsets;
+  gemm.row_slots = workspace.slots;
+  gemm.y = workspace.h;
+  ANABRANCH_TRY(anabranch_grouped_gemm(&gemm, stream));
+
+  gemm.num_tokens = sizes.pairs();
+  gemm.topk = 0;
+  gemm.in_features = params.shape.intermediate_size;
+  gemm.out_features = params.shape.hidden_size;
+  gemm.epilogue = ANABRANCH_EPILOGUE_LINEAR;
+  gemm.x = workspace.h;
+  gemm.weights = params.down;
+  gemm.row_slots = nullptr;
+  gemm.y = workspace.y;
+  ANABRANCH_TRY(anabranch_grouped_gemm(&gemm, stream));
+
+  AnabranchCombineParams combine = {};
+  combine.num_tokens = sizes.tokens;
+  combine.num_rows = sizes.pairs();
+  combine.topk = static_cast<uint32_t>(sizes.topk);
+  combine.hidden_size = params.shape.hidden_size;
+  combine.y = workspace.y;
+  combine.inverse = workspace.inverse;
+  combine.topk_weights = workspace.weights;
+  combine.out = params.out;
+  combine.out_dtype = ANABRANCH_DTYPE_BF16;
+  return anabranch_combine(&combine, stream);
+}
+
+}  // namespace
+}  // namespace anabranch::moe_layer
+
+extern "C" AnabranchStatus anabranch_moe_plan(const AnabranchMoeShape* shape, uint64_t num_tokens,
+                                              AnabranchMoePlan* plan) {
+  if (shape == nullptr || plan == nullptr) return ANABRANCH_STATUS_POINTER;
+  return anabranch::moe_layer::plan_of(*shape, num_tokens, plan);
+}
+
+extern "C" AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, AnabranchStream stream) {
+  using namespace anabranch;
+  using namespace anabranch::moe_layer;
+  if (params == nullptr) return ANABRANCH_STATUS_POINTER;
+  AnabranchMoePlan plan = {};
+  ANABRANCH_TRY(plan_of(params->shape, params->num_tokens, &plan));
+  ANABRANCH_TRY(moe_layer::check(*params, plan));
+  if (params->num_tokens == 0) return ANABRANCH_STATUS_OK;
+  const Sizes sizes = sizes_of(params->shape, params->num_tokens);
+  uint64_t permute_bytes = 0;
+  ANABRANCH_TRY(permute_bytes_of(sizes, &permute_bytes));
+  Parts parts(params->workspace);
+  Workspace workspace(sizes, permute_bytes, 0, parts);
+  ANABRANCH_TRY(route(*params, workspace, stream));
+  ANABRANCH_TRY(moe_layer::permute(sizes, workspace, stream));
+  return experts_sm80(*params, sizes, workspace, stream);
+}
