@@ -15,6 +15,7 @@
 #include "common/launch.cuh"
 #include "experts/experts.cuh"
 #include "moe_layer/extend.cuh"
+#include "moe_layer/launch_front.cuh"
 #include "moe_layer/workspace.cuh"
 
 namespace anabranch::moe_layer {
@@ -88,6 +89,7 @@ struct Plan {
   uint64_t permute_bytes;
   uint64_t workspace_bytes;
   uint32_t blocks;
+  bool fronts;  // one block routes and sorts
 };
 
 // Words of progress: the counter of items has a line of its own, then token tiles, then 64 columns of the result each.
@@ -109,6 +111,9 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
     plan->token_tiles = experts::most_tiles(sizes.pairs(), sizes.experts, plan->experts.token_tile);
     plan->progress_words = kCounterWords + plan->token_tiles + (sizes.hidden - 1) / experts::kBlockRows + 8;
     plan->blocks = static_cast<uint32_t>(device.multiprocessors);
+    const uint64_t capacity = shape.routing.expert_capacity;
+    plan->fronts = plan->experts.combines && (capacity == 0 || capacity >= num_tokens) &&
+                   shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
   }
   ANABRANCH_TRY(permute_bytes_of(sizes, &plan->permute_bytes));
   Parts parts(nullptr);
@@ -118,11 +123,11 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
   return ANABRANCH_STATUS_OK;
 }
 
-uint32_t launches_of(const AnabranchMoeShape& shape, uint64_t num_tokens, const Plan& plan) {
+uint32_t launches_of(const AnabranchMoeShape& shape, const Plan& plan) {
   // Router, permute.
   uint32_t launches = 2 + (plan.permute_bytes > 0 ? 1 : 0) + (shape.num_shared > 0 ? 1 : 0);
   if (plan.arch == ANABRANCH_ARCH_SM80) return launches + 3;
-  static_cast<void>(num_tokens);
+  if (plan.fronts) return 2;
   return launches + (plan.experts.combines ? 1 : 2);
 }
 
@@ -270,6 +275,10 @@ AnabranchStatus run(const AnabranchMoeLayerParams& params, const Plan& plan, cud
   const Sizes sizes = sizes_of(params.shape, params.num_tokens);
   Parts parts(params.workspace);
   Workspace workspace(sizes, plan.permute_bytes, plan.progress_words, parts);
+  if (plan.fronts) {
+    ANABRANCH_TRY(launch_front(params, sizes, workspace, plan.progress_words, stream));
+    return experts_sm90(params, sizes, plan, workspace, stream);
+  }
   if (plan.arch == ANABRANCH_ARCH_SM90) {
     ANABRANCH_TRY(checked(cudaMemsetAsync(workspace.progress, 0, 4 * plan.progress_words, stream)));
   }
@@ -298,7 +307,7 @@ extern "C" AnabranchStatus anabranch_moe_plan(const AnabranchMoeShape* shape, ui
   plan->tile_tokens = chosen.experts.token_tile;
   plan->stages = chosen.experts.stages;
   plan->blocks = chosen.blocks;
-  plan->launches = moe_layer::launches_of(*shape, num_tokens, chosen);
+  plan->launches = moe_layer::launches_of(*shape, chosen);
   plan->workspace_bytes = chosen.workspace_bytes;
   return ANABRANCH_STATUS_OK;
 }
