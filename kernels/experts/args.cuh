@@ -7,7 +7,7 @@
 
 namespace anabranch::experts {
 
-// Columns of both operands, of the inner dimension, that a stage holds: 128 bytes, the swizzle's width.
+// Columns of both operands, of the inner dimension, in a panel of a stage: 128 bytes, the swizzle's width.
 constexpr uint32_t kDepth = 64;
 constexpr uint32_t kRowBytes = kDepth * 2;
 // Rows of weights of one product: wgmma's M.
@@ -23,17 +23,20 @@ struct Args {
   // the gate stand before the same eight of up; in one of down's, the even rows before the odd ones.
   CUtensorMap gate_up;
   CUtensorMap down;
-  const uint16_t* x;        // [T, d] bf16
-  const uint32_t* offsets;  // [E + 1]
-  const uint32_t* slots;    // [R]
-  const int32_t* inverse;   // [T, K]
-  const float* weights;     // [T, K]
-  uint16_t* h;              // [R, n] bf16
-  uint16_t* y;              // [R, d] bf16
-  uint16_t* out;            // [T, d] bf16, or null: somebody else combines
-  uint32_t* next_item;      // zero before the launch, as all progress
-  uint32_t* gated;          // [token tiles]: warpgroups that have written their part of a tile's h
-  uint32_t* summed;         // [d / 64]: tiles of y that are written, for each 64 columns
+  const uint16_t* x;            // [T, d] bf16
+  const uint32_t* offsets;      // [E + 1]
+  const uint32_t* slots;        // [R]
+  const int32_t* inverse;       // [T, K]
+  const float* weights;         // [T, K]
+  uint16_t* h;                  // [R, n] bf16
+  uint16_t* y;                  // [R, d] bf16
+  uint16_t* out;                // [T, d] bf16, or null: somebody else combines
+  uint32_t* next_item;          // zero before the launch, as all progress
+  uint32_t* gated;              // [token tiles]: warpgroups that have written their part of a tile's h
+  uint32_t* summed;             // [d / 64]: tiles of y that a warpgroup has written, by its columns
+  const void* gate_up_weights;  // what the map is of
+  uint32_t warm_tokens;         // bytes of x that are wanted in the second-level cache early
+  uint32_t warm_weights;        // and of gate_up
   uint32_t num_tokens;
   uint32_t num_rows;  // R = T K
   uint32_t num_experts;
@@ -44,15 +47,39 @@ struct Args {
   uint32_t stages;
   uint32_t gate_tiles;  // tiles of gate_up's rows
   uint32_t down_tiles;  // tiles of down's rows
+  uint32_t sum_tiles;   // items that sum up columns, 0 where somebody else does
 };
+
+// How a kernel's tiles are shared out: kGroups consumer warpgroups, each kHeight blocks of 64 rows of weights; kMost
+// tokens at most; kPanels panels a stage; kCluster blocks that have the same weights, each with tokens of its own.
+template <uint32_t kGroups_, uint32_t kHeight_, int kMost_, uint32_t kPanels_, uint32_t kCluster_>
+struct Tile {
+  static constexpr uint32_t kGroups = kGroups_;
+  static constexpr uint32_t kHeight = kHeight_;
+  static constexpr int kMost = kMost_;
+  static constexpr uint32_t kPanels = kPanels_;
+  static constexpr uint32_t kCluster = kCluster_;
+  static constexpr uint32_t kRows = kGroups * kHeight * kBlockRows;
+  static constexpr uint32_t kPanelBytes = kRows * kRowBytes;  // of weights
+};
+
+enum class TileId : uint32_t { kFew, kSome, kMany };
+
+// Few tokens an expert: memory is what counts, so rows of weights are read 256 bytes at a time.
+using Few = Tile<2, 1, 64, 2, 1>;
+using Some = Tile<2, 2, kMostTokens, 1, 1>;
+// Many: the second-level cache is what counts, so two blocks share their weights.
+using Many = Tile<2, 2, kMostTokens, 1, 2>;
 
 // The choice for a shape.
 struct Config {
-  uint32_t rows;        // of weights in a tile: 64 (one consumer warpgroup) or 256 (two)
+  TileId tile;
+  uint32_t rows;        // of weights in a tile
   uint32_t token_tile;  // most tokens of a tile
+  uint32_t cluster;
   uint32_t stages;
   uint32_t shared_bytes;
-  bool combines;  // the last tile of 64 columns sums them up, and no other launch is needed
+  bool combines;  // the kernel sums up, and no other launch is needed
 };
 
 struct Problem {
@@ -62,33 +89,28 @@ struct Problem {
   uint64_t shared_limit;  // bytes a block may have
 };
 
-// Up to so many tokens the kernel combines: what a warpgroup then does at the end for 64 columns takes a microsecond or
-// two, less than another launch.
+// Up to so many tokens the kernel combines: what a warpgroup then does for 64 columns takes a microsecond or two, less
+// than another launch.
 constexpr uint64_t kMostCombined = 64;
 
 constexpr uint64_t least(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
 
-// Shared memory beside the stages: the queue of items, rows of a tile, flags, the schedule, barriers.
+// Shared memory beside the stages: the queue of items, mail, the schedule, barriers.
 constexpr uint64_t fixed_bytes(uint64_t experts) {
-  return (32 + 16) * kQueue + 4 * kMostTokens + 16 + 4 * 2 * (experts + 1);
+  return (32 + 32) * kQueue + 16 + 4 * 2 * (experts + 1);
 }
 constexpr uint64_t kStageBarriers = 16;
 
-constexpr Config choose(const Problem& problem) {
+template <class Shape>
+constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
   Config config = {};
-  const uint64_t pairs = problem.tokens * problem.topk;
-  const uint64_t hit = least(pairs, problem.experts);
-  const uint64_t mean = hit == 0 ? 0 : (pairs + hit - 1) / hit;
-  // Twice the mean holds nearly every expert's tokens; a fuller one has several tiles and reads its weights again from
-  // the second-level cache. No expert has a token twice.
-  const uint64_t wanted = least(2 * mean + 8, problem.tokens);
-  config.rows = mean > 8 ? 256 : 64;
-  const uint64_t most = config.rows == 64 ? 64 : kMostTokens;
-  const uint64_t rounded = wanted <= 8 ? 8 : (wanted + 15) / 16 * 16;
-  config.token_tile = static_cast<uint32_t>(least(rounded, most));
-  const uint64_t stage = uint64_t{kRowBytes} * (config.rows + config.token_tile);
+  config.tile = tile;
+  config.rows = Shape::kRows;
+  config.token_tile = static_cast<uint32_t>(least(token_tile, Shape::kMost));
+  config.cluster = Shape::kCluster;
+  const uint64_t stage = uint64_t{Shape::kPanels} * kRowBytes * (Shape::kRows + config.token_tile);
   const uint64_t fixed = fixed_bytes(problem.experts);
   config.stages = static_cast<uint32_t>(least((problem.shared_limit - fixed) / (stage + kStageBarriers), kMostStages));
   config.shared_bytes = static_cast<uint32_t>(fixed + config.stages * (stage + kStageBarriers));
@@ -96,15 +118,28 @@ constexpr Config choose(const Problem& problem) {
   return config;
 }
 
+constexpr Config choose(const Problem& problem) {
+  const uint64_t pairs = problem.tokens * problem.topk;
+  const uint64_t hit = least(pairs, problem.experts);
+  const uint64_t mean = hit == 0 ? 0 : (pairs + hit - 1) / hit;
+  // Twice the mean holds nearly every expert's tokens; a fuller one has several tiles and reads its weights again from
+  // the second-level cache. No expert has a token twice.
+  const uint64_t wanted = least(2 * mean + 8, problem.tokens);
+  const uint64_t token_tile = wanted <= 8 ? 8 : (wanted + 15) / 16 * 16;
+  if (mean <= 8) return fit<Few>(TileId::kFew, token_tile, problem);
+  if (mean <= 192) return fit<Some>(TileId::kSome, token_tile, problem);
+  return fit<Many>(TileId::kMany, token_tile, problem);
+}
+
 constexpr uint64_t kHopper = 227 * 1024;
-static_assert(choose({1, 64, 6, kHopper}).rows == 64 && choose({1, 64, 6, kHopper}).token_tile == 8);
-static_assert(choose({1, 64, 6, kHopper}).stages == 24 && choose({64, 256, 8, kHopper}).token_tile == 16);
+static_assert(choose({1, 64, 6, kHopper}).tile == TileId::kFew && choose({1, 64, 6, kHopper}).token_tile == 8);
+static_assert(choose({1, 64, 6, kHopper}).stages == 6 && choose({64, 256, 8, kHopper}).token_tile == 16);
 static_assert(choose({16384, 64, 6, kHopper}).token_tile == 192 && choose({16384, 256, 8, kHopper}).stages == 4);
 static_assert(choose({4096, 1024, 32, kHopper}).stages == 3);
 
-// Most tiles of tokens, whatever the routing.
-constexpr uint64_t most_tiles(uint64_t pairs, uint64_t experts, uint64_t token_tile) {
-  return least(pairs, experts) + pairs / token_tile;
+// Most tiles of tokens, whatever the routing: an expert's last one, or its last ones in a cluster, may be nearly empty.
+constexpr uint64_t most_tiles(const Config& config, uint64_t pairs, uint64_t experts) {
+  return config.cluster * (least(pairs, experts) + pairs / (uint64_t{config.token_tile} * config.cluster));
 }
 
 }  // namespace anabranch::experts

@@ -8,62 +8,66 @@
 
 namespace anabranch::experts {
 
+// Gives a stage back to the producers of all blocks that write to it.
+template <class Shape>
+__device__ __forceinline__ void release(const Pipeline<Shape>& pipeline, uint32_t index) {
+  const uint32_t empty = pipeline.empty + 8 * index;
+  if constexpr (Shape::kCluster == 1) {
+    if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty);
+  } else {
+    const uint32_t rank = threadIdx.x % 128 / kWarpSize;
+    if (threadIdx.x % kWarpSize == 0 && rank < Shape::kCluster) {
+      ptx::mbarrier_arrive_cluster(ptx::map_shared(empty, rank));
+    }
+  }
+}
+
 // sums = weights * tokens^T over an item's whole depth. A step's products may still run while the next one's are
 // issued.
-template <int kN, uint32_t kHeight>
-__device__ __forceinline__ void multiply(const Pipeline& pipeline, const Args& args, uint32_t steps,
-                                         uint32_t weights_at, uint32_t tokens_at, Position& stage,
-                                         float (&sums)[kHeight][kN / 2]) {
+template <class Shape, int kN>
+__device__ __forceinline__ void multiply(const Pipeline<Shape>& pipeline, const Args& args, uint32_t steps,
+                                         uint32_t group, Position& stage, float (&sums)[Shape::kHeight][kN / 2]) {
   constexpr uint32_t kBlockBytes = kBlockRows * kRowBytes;
-  const bool signals = threadIdx.x % 128 == 0;
   uint32_t done = 0;
   for (uint32_t step = 0; step < steps; ++step) {
     wait(pipeline.full + 8 * stage.index, stage.parity);
-    // Gathered by ordinary copies, read by the asynchronous proxy.
-    ptx::fence_proxy_async();
     const uint32_t at = pipeline.stages + stage.index * pipeline.stage_bytes;
-    const uint64_t a = ptx::wgmma_descriptor(at + weights_at);
-    const uint64_t b = ptx::wgmma_descriptor(at + tokens_at);
     ptx::wgmma_fence();
 #pragma unroll
-    for (uint32_t slice = 0; slice < kDepth / 16; ++slice) {
+    for (uint32_t panel = 0; panel < Shape::kPanels; ++panel) {
+      const uint64_t a = ptx::wgmma_descriptor(at + panel * Shape::kPanelBytes + group * Shape::kHeight * kBlockBytes);
+      const uint64_t b = ptx::wgmma_descriptor(at + Shape::kPanels * Shape::kPanelBytes + panel * pipeline.panel_bytes);
 #pragma unroll
-      for (uint32_t block = 0; block < kHeight; ++block) {
-        // In a descriptor addresses count 16 bytes.
-        ptx::wgmma_bf16<kN>(sums[block], a + block * (kBlockBytes / 16) + slice * 2, b + slice * 2);
+      for (uint32_t slice = 0; slice < kDepth / 16; ++slice) {
+#pragma unroll
+        for (uint32_t block = 0; block < Shape::kHeight; ++block) {
+          // In a descriptor addresses count 16 bytes.
+          ptx::wgmma_bf16<kN>(sums[block], a + block * (kBlockBytes / 16) + slice * 2, b + slice * 2);
+        }
       }
     }
     ptx::wgmma_commit();
     if (step > 0) {
       ptx::wgmma_wait<1>();
-      if (signals) ptx::mbarrier_arrive(pipeline.empty + 8 * done);
+      release(pipeline, done);
     }
     done = stage.index;
     stage.advance(args.stages);
   }
   ptx::wgmma_wait<0>();
-  if (signals) ptx::mbarrier_arrive(pipeline.empty + 8 * done);
+  release(pipeline, done);
 }
 
-// How a kernel's tiles are shared out: kGroups warpgroups, each kHeight blocks of 64 rows of weights, kMost tokens.
-template <uint32_t kGroups_, uint32_t kHeight_, int kMost_>
-struct Tile {
-  static constexpr uint32_t kGroups = kGroups_;
-  static constexpr uint32_t kHeight = kHeight_;
-  static constexpr int kMost = kMost_;
-  static constexpr uint32_t kRows = kGroups * kHeight * kBlockRows;
-};
-
 template <class Shape, int kN>
-__device__ __forceinline__ void run_item(const Pipeline& pipeline, const Args& args, const Item& item, uint32_t part,
+__device__ __forceinline__ void run_item(const Pipeline<Shape>& pipeline, const Args& args, const Item& item,
                                          uint32_t group, Position& stage) {
   // Set: where a product read what nothing wrote, the compiler would keep these registers through all other shapes.
   float sums[Shape::kHeight][kN / 2] = {};
-  multiply<kN, Shape::kHeight>(pipeline, args, steps_of(args, item.phase),
-                               group * Shape::kHeight * kBlockRows * kRowBytes, Shape::kRows * kRowBytes, stage, sums);
+  multiply<Shape, kN>(pipeline, args, steps_of<Shape>(args, item.phase), group, stage, sums);
+  const uint32_t part = (item.weight_tile * Shape::kGroups + group) * Shape::kHeight;
 #pragma unroll
   for (uint32_t block = 0; block < Shape::kHeight; ++block) {
-    if (item.phase == 0) {
+    if (item.phase == kGate) {
       store_gated<kN>(args, item, sums[block], (part + block) * (kBlockRows / 2));
     } else {
       store_down<kN>(args, item, sums[block], (part + block) * kBlockRows);
@@ -73,18 +77,19 @@ __device__ __forceinline__ void run_item(const Pipeline& pipeline, const Args& a
 
 // An item in the narrowest product that holds its tokens.
 template <class Shape, int kN>
-__device__ __forceinline__ void run_narrowest(const Pipeline& pipeline, const Args& args, const Item& item,
-                                              uint32_t part, uint32_t group, Position& stage) {
+__device__ __forceinline__ void run_narrowest(const Pipeline<Shape>& pipeline, const Args& args, const Item& item,
+                                              uint32_t group, Position& stage) {
   if constexpr (kN < Shape::kMost) {
     if (item.rows > kN) {
-      return run_narrowest<Shape, kN == 8 ? 16 : kN + 16>(pipeline, args, item, part, group, stage);
+      return run_narrowest<Shape, kN == 8 ? 16 : kN + 16>(pipeline, args, item, group, stage);
     }
   }
-  run_item<Shape, kN>(pipeline, args, item, part, group, stage);
+  run_item<Shape, kN>(pipeline, args, item, group, stage);
 }
 
 template <class Shape>
-__device__ __forceinline__ void consume(const Args& args, const Schedule& schedule, const Pipeline& pipeline) {
+__device__ __forceinline__ void consume(const Args& args, const Schedule<Shape::kCluster>& schedule,
+                                        const Pipeline<Shape>& pipeline) {
   const uint32_t group = threadIdx.x / 128 - 1;
   const bool signals = threadIdx.x % 128 == 0;
   Position stage;
@@ -97,20 +102,28 @@ __device__ __forceinline__ void consume(const Args& args, const Schedule& schedu
     queue.advance(kQueue);
     if (item.phase == kNoItem) return;
 
-    const uint32_t part = (item.weight_tile * Shape::kGroups + group) * Shape::kHeight;
-    run_narrowest<Shape, 8>(pipeline, args, item, part, group, stage);
-
-    ptx::named_barrier(kGroupBarrier + group, 128);
-    if (item.phase == 0) {
-      if (signals) ptx::red_release_add(args.gated + item.token_tile, 1);
-    } else if (args.out != nullptr) {
+    const uint32_t part = item.weight_tile * Shape::kGroups + group;
+    if (item.phase == kSum) {
+      // 64 columns of a few tokens for each warpgroup; kHeight times 64 columns are a part of the second product.
+      const uint32_t blocks = (args.hidden - 1) / kBlockRows + 1;
+      const uint32_t block = part % blocks;
       if (signals) {
-        const uint32_t before = ptx::atom_acq_rel_add(args.summed + part / Shape::kHeight, 1);
-        pipeline.last[group] = before + 1 == schedule.tiles() ? 1 : 0;
+        while (ptx::ld_acquire(args.summed + block / Shape::kHeight) < schedule.tiles()) {
+        }
       }
       ptx::named_barrier(kGroupBarrier + group, 128);
-      if (pipeline.last[group] != 0) {
-        for (uint32_t block = 0; block < Shape::kHeight; ++block) combine_columns(args, (part + block) * kBlockRows);
+      combine_columns(args, block * kBlockRows, part / blocks * kSumTokens);
+      continue;
+    }
+
+    run_narrowest<Shape, 8>(pipeline, args, item, group, stage);
+
+    ptx::named_barrier(kGroupBarrier + group, 128);
+    if (signals) {
+      if (item.phase == kGate) {
+        ptx::red_release_add(args.gated + item.token_tile, 1);
+      } else if (args.sum_tiles > 0) {
+        ptx::red_release_add(args.summed + part, 1);
       }
     }
   }

@@ -62,26 +62,28 @@ __device__ __forceinline__ void store_down(const Args& args, const Item& item, c
   }
 }
 
-// out[t] = sum_k weights[t, k] * y[inverse[t, k]] in 64 columns, by one warpgroup: eight threads a token. k ascends.
-__device__ __forceinline__ void combine_columns(const Args& args, uint32_t first_column) {
+// Tokens that a warpgroup sums up at a time: eight threads for 64 columns of each.
+constexpr uint32_t kSumTokens = 16;
+
+// out[t] = sum_k weights[t, k] * y[inverse[t, k]] in 64 columns of 16 tokens, by one warpgroup. k ascends.
+__device__ __forceinline__ void combine_columns(const Args& args, uint32_t first_column, uint32_t first_token) {
   const uint32_t thread = threadIdx.x % 128;
   const uint32_t column = first_column + thread % 8 * kVector;
-  if (column >= args.hidden) return;
-  for (uint32_t token = thread / 8; token < args.num_tokens; token += 16) {
-    float sum[kVector] = {};
+  const uint32_t token = first_token + thread / 8;
+  if (column >= args.hidden || token >= args.num_tokens) return;
+  float sum[kVector] = {};
 #pragma unroll 8
-    for (uint32_t k = 0; k < args.topk; ++k) {
-      const uint32_t row = static_cast<uint32_t>(args.inverse[token * args.topk + k]);
-      const float weight = args.weights[token * args.topk + k];
-      if (row >= args.num_rows) continue;
-      float value[kVector];
-      // Other blocks wrote it: past the first-level cache.
-      unpack(value, __ldcg(reinterpret_cast<const uint4*>(args.y + uint64_t{row} * args.hidden + column)));
+  for (uint32_t k = 0; k < args.topk; ++k) {
+    const uint32_t row = static_cast<uint32_t>(args.inverse[token * args.topk + k]);
+    const float weight = args.weights[token * args.topk + k];
+    if (row >= args.num_rows) continue;
+    float value[kVector];
+    // Other blocks wrote it: past the first-level cache.
+    unpack(value, __ldcg(reinterpret_cast<const uint4*>(args.y + uint64_t{row} * args.hidden + column)));
 #pragma unroll
-      for (uint32_t i = 0; i < kVector; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
-    }
-    *reinterpret_cast<uint4*>(args.out + uint64_t{token} * args.hidden + column) = pack(sum);
+    for (uint32_t i = 0; i < kVector; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
   }
+  *reinterpret_cast<uint4*>(args.out + uint64_t{token} * args.hidden + column) = pack(sum);
 }
 
 }  // namespace anabranch::experts

@@ -23,45 +23,68 @@
 #include "experts/consume.cuh"
 #include "experts/experts.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace anabranch::experts {
 namespace {
 
-// Registers a thread: the block begins with 64 Ki of them over all its threads, in eights (168 with three warpgroups),
-// and the producers leave theirs to the consumers.
+// Registers a thread: the block begins with 64 Ki of them over all its threads, 168 each, and the
+// producers leave some of theirs to the consumers.
 template <class Shape>
-constexpr int kProducerRegisters = 40;
+constexpr int kProducerRegisters = Shape::kMost > 64 ? 40 : 56;
 template <class Shape>
-constexpr int kConsumerRegisters = Shape::kGroups == 2 ? 232 : 216;
+constexpr int kConsumerRegisters = Shape::kMost > 64 ? 232 : 224;
+
+// While the launches before are at work: brings tokens to the second-level cache, so that they do not wait behind all
+// blocks' weights later, and where nearly every expert will have tokens, the weights that are read first.
+__device__ __forceinline__ void warm_cache(const Args& args) {
+  constexpr uint32_t kLine = 128;
+  constexpr uint32_t kPiece = 16 * 1024;
+  const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t threads = gridDim.x * blockDim.x;
+  for (uint32_t at = thread; at < args.warm_tokens / kLine; at += threads) {
+    ptx::prefetch_l2(reinterpret_cast<const char*>(args.x) + uint64_t{at} * kLine);
+  }
+  if (threadIdx.x % kWarpSize != 0) return;
+  for (uint32_t at = thread / kWarpSize; at < args.warm_weights / kPiece; at += threads / kWarpSize) {
+    ptx::bulk_prefetch_l2(static_cast<const char*>(args.gate_up_weights) + uint64_t{at} * kPiece, kPiece);
+  }
+}
 
 template <class Shape>
 __global__ void __launch_bounds__(128 * (Shape::kGroups + 1), 1) run_experts(const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) char shared[];
-  const Pipeline pipeline(shared, args, Shape::kRows);
+  const Pipeline<Shape> pipeline(shared, args);
   if (threadIdx.x == 0) {
-    pipeline.init(args.stages, Shape::kGroups);
+    pipeline.init(args.stages);
     ptx::prefetch_tensor_map(&args.gate_up);
     ptx::prefetch_tensor_map(&args.down);
   }
-  ptx::wait_for_prerequisites();
-  const Schedule schedule(args, pipeline.words);
-  if (schedule.tiles() == 0 && args.out != nullptr) {
-    // Nobody chose anything: no column has a last tile.
-    const uint64_t vectors = uint64_t{args.num_tokens} * args.hidden / kVector;
-    for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < vectors; i += gridDim.x * blockDim.x) {
-      reinterpret_cast<uint4*>(args.out)[i] = make_uint4(0, 0, 0, 0);
-    }
+  uint32_t rank = 0;
+  if constexpr (Shape::kCluster > 1) {
+    rank = ptx::cluster_rank();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
+  warm_cache(args);
+  ptx::wait_for_prerequisites();
+  const Schedule<Shape::kCluster> schedule(args, pipeline.words);
   if (threadIdx.x < 128) {
     ptx::register_dealloc<kProducerRegisters<Shape>>();
     if (threadIdx.x < kWarpSize) {
-      bring_weights<Shape::kRows>(args, schedule, pipeline);
+      bring_weights<Shape>(args, schedule, pipeline, rank);
     } else {
-      gather_tokens<Shape::kRows, Shape::kGroups>(args, pipeline);
+      gather_tokens<Shape>(args, pipeline);
     }
   } else {
     ptx::register_alloc<kConsumerRegisters<Shape>>();
     consume<Shape>(args, schedule, pipeline);
+  }
+  if constexpr (Shape::kCluster > 1) {
+    // The other block may still write to this one's shared memory.
+    __syncwarp();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 }
 
@@ -103,25 +126,41 @@ AnabranchStatus launch(const Config& config, Args& args, const void* gate_up, co
   args.stages = config.stages;
   args.gate_tiles = (args.intermediate - 1) / (Shape::kRows / 2) + 1;
   args.down_tiles = (args.hidden - 1) / Shape::kRows + 1;
+  const uint32_t sums = ((args.hidden - 1) / kBlockRows + 1) * ((args.num_tokens - 1) / kSumTokens + 1);
+  args.sum_tiles = config.combines ? (sums - 1) / Shape::kGroups + 1 : 0;
   const uint64_t n = args.intermediate;
-  ANABRANCH_TRY(make_map(&args.gate_up, gate_up, args.num_experts, 2 * n, args.hidden, 1, n, 8, Shape::kRows / 16));
-  ANABRANCH_TRY(make_map(&args.down, down, args.num_experts, args.hidden, n, 2, 1, 16, Shape::kRows / 16));
+  ANABRANCH_TRY(make_map(&args.gate_up, gate_up, args.num_experts, 2 * n, args.hidden, 1, n, 8,
+                         Shape::kRows / 16 / Shape::kCluster));
+  ANABRANCH_TRY(
+      make_map(&args.down, down, args.num_experts, args.hidden, n, 2, 1, 16, Shape::kRows / 16 / Shape::kCluster));
+
+  // A part of the second-level cache's 50 MB, and no more than there is.
+  constexpr uint64_t kWarm = uint64_t{24} << 20;
+  const uint64_t pairs = uint64_t{args.num_tokens} * args.topk;
+  args.gate_up_weights = gate_up;
+  args.warm_tokens = static_cast<uint32_t>(least(uint64_t{args.num_tokens} * args.hidden * 2, kWarm / 8));
+  args.warm_weights = static_cast<uint32_t>(
+      pairs >= 2 * args.num_experts ? least(uint64_t{args.num_experts} * 2 * n * args.hidden * 2, kWarm) : 0);
 
   int blocks = 0;
   ANABRANCH_TRY(checked(multiprocessors(&blocks)));
   const auto kernel = run_experts<Shape>;
   ANABRANCH_TRY(checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(config.shared_bytes))));
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = Shape::kCluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = static_cast<uint32_t>(blocks);
+  launch.gridDim = static_cast<uint32_t>(blocks) / Shape::kCluster * Shape::kCluster;
   launch.blockDim = 128 * (Shape::kGroups + 1);
   launch.dynamicSmemBytes = config.shared_bytes;
   launch.stream = stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = 1;
+  launch.attrs = attributes;
+  launch.numAttrs = Shape::kCluster > 1 ? 2 : 1;
   return checked(cudaLaunchKernelEx(&launch, kernel, args));
 }
 
@@ -129,14 +168,15 @@ AnabranchStatus launch(const Config& config, Args& args, const void* gate_up, co
 
 AnabranchStatus launch_sm90(const Config& config, Args args, const void* gate_up, const void* down,
                             cudaStream_t stream) {
-  switch (config.rows) {
-    case 64:
-      return launch<Tile<1, 1, 64>>(config, args, gate_up, down, stream);
-    case 256:
-      return launch<Tile<2, 2, kMostTokens>>(config, args, gate_up, down, stream);
-    default:
-      return ANABRANCH_STATUS_UNSUPPORTED;
+  switch (config.tile) {
+    case TileId::kFew:
+      return launch<Few>(config, args, gate_up, down, stream);
+    case TileId::kSome:
+      return launch<Some>(config, args, gate_up, down, stream);
+    case TileId::kMany:
+      return launch<Many>(config, args, gate_up, down, stream);
   }
+  return ANABRANCH_STATUS_UNSUPPORTED;
 }
 
 }  // namespace anabranch::experts

@@ -11,8 +11,7 @@ constexpr uint32_t kGatherWarps = 3;
 constexpr uint32_t kGatherThreads = kGatherWarps * kWarpSize;
 
 // Numbers of the block's named barriers; 0 is __syncthreads'.
-constexpr uint32_t kGatherBarrier = 1;
-constexpr uint32_t kGroupBarrier = 2;  // and following, one a consumer warpgroup
+constexpr uint32_t kGroupBarrier = 1;  // and following, one a consumer warpgroup
 
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   while (!ptx::mbarrier_try_wait(barrier, parity)) {
@@ -32,46 +31,54 @@ struct Position {
   }
 };
 
-// Shared memory, by 32-bit address. Stages begin on 1024 bytes, as the swizzle wants.
+// Shared memory, by 32-bit address. Stages begin on 1024 bytes, as the swizzle wants: panels of weights, then panels of
+// tokens.
+template <class Shape>
 struct Pipeline {
+  uint32_t panel_bytes;  // of tokens
   uint32_t stage_bytes;
   uint32_t stages;      // address of the first
   uint32_t full;        // [stages]: weights and tokens are there
-  uint32_t empty;       // [stages]: every consumer warpgroup is done
+  uint32_t empty;       // [stages]: every consumer warpgroup of the cluster is done
   uint32_t item_full;   // [kQueue]
   uint32_t item_empty;  // [kQueue]
+  uint32_t mail_full;   // [kQueue]: the cluster's first block has sent a number
+  uint32_t mail_empty;  // [kQueue], in the first block: the other has read it
   Item* items;          // [kQueue]
-  uint32_t* rows;       // [kMostTokens]: where a tile's gathered rows begin, in 16 bytes
+  uint32_t* mail;       // [kQueue]
   uint32_t* words;      // the schedule's
-  uint32_t* last;       // [groups]: whether a warpgroup is the last of its columns
 
-  __device__ __forceinline__ Pipeline(char* shared, const Args& args, uint32_t weight_rows) {
-    stage_bytes = (weight_rows + args.token_tile) * kRowBytes;
+  __device__ __forceinline__ Pipeline(char* shared, const Args& args) {
+    panel_bytes = args.token_tile * kRowBytes;
+    stage_bytes = Shape::kPanels * (Shape::kPanelBytes + panel_bytes);
     stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const uint32_t behind = args.stages * stage_bytes;
     items = reinterpret_cast<Item*>(shared + behind);
-    rows = reinterpret_cast<uint32_t*>(items + kQueue);
-    last = rows + kMostTokens;
-    item_full = stages + behind + kQueue * sizeof(Item) + 4 * (kMostTokens + 4);
+    mail = reinterpret_cast<uint32_t*>(items + kQueue);
+    item_full = stages + behind + kQueue * sizeof(Item) + 16;
     item_empty = item_full + 8 * kQueue;
-    full = item_empty + 8 * kQueue;
+    mail_full = item_empty + 8 * kQueue;
+    mail_empty = mail_full + 8 * kQueue;
+    full = mail_empty + 8 * kQueue;
     empty = full + 8 * args.stages;
-    words = last + 4 + 2 * (2 * kQueue + 2 * args.stages);
+    words = mail + 4 + 2 * (4 * kQueue + 2 * args.stages);
   }
 
   // One thread calls, before anybody waits.
-  __device__ __forceinline__ void init(uint32_t num_stages, uint32_t groups) const {
+  __device__ __forceinline__ void init(uint32_t num_stages) const {
     for (uint32_t i = 0; i < num_stages; ++i) {
-      ptx::mbarrier_init(full + 8 * i, 1 + kGatherThreads);
-      ptx::mbarrier_init(empty + 8 * i, groups);
+      ptx::mbarrier_init(full + 8 * i, 1 + kGatherWarps);
+      ptx::mbarrier_init(empty + 8 * i, Shape::kGroups * Shape::kCluster);
     }
     for (uint32_t i = 0; i < kQueue; ++i) {
       ptx::mbarrier_init(item_full + 8 * i, 1);
-      ptx::mbarrier_init(item_empty + 8 * i, kGatherWarps + groups);
+      ptx::mbarrier_init(item_empty + 8 * i, kGatherWarps + Shape::kGroups);
+      ptx::mbarrier_init(mail_full + 8 * i, 1);
+      ptx::mbarrier_init(mail_empty + 8 * i, 1);
     }
     ptx::fence_mbarrier_init();
   }
 };
-static_assert(sizeof(Item) == 32);
+static_assert(sizeof(Item) == 32 && kQueue <= 4);
 
 }  // namespace anabranch::experts

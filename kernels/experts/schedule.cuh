@@ -3,7 +3,9 @@
 //
 // Items are tiles of the first product, then tiles of the second, each expert by expert; within an expert by bands of
 // up to 16 tiles of tokens, within a band weights tile by weights tile. Blocks that run at once so share weights, and a
-// band's tokens, in the second-level cache. An expert's tokens are spread evenly over as few tiles as hold them.
+// band's tokens, in the second-level cache. A cluster takes an item together, each block with tokens of its own. An
+// expert's tokens are spread evenly over as few tiles as hold them. Last come, where they are asked for, items that sum
+// up columns of the result.
 #pragma once
 
 #include "common/warp.cuh"
@@ -12,11 +14,14 @@
 namespace anabranch::experts {
 
 constexpr uint32_t kBand = 16;
-constexpr uint32_t kNoItem = 0xffffffffu;
+constexpr uint32_t kGate = 0;
+constexpr uint32_t kDown = 1;
+constexpr uint32_t kSum = 2;
+constexpr uint32_t kNoItem = 3;
 
 // An item, as the consumers and the gathering warps read it from shared memory.
 struct alignas(16) Item {
-  uint32_t phase;  // 0: first product, 1: second, kNoItem: no more
+  uint32_t phase;  // kGate: first product, kDown: second, kSum, kNoItem: no more
   uint32_t expert;
   uint32_t first_row;    // in permuted order
   uint32_t rows;         // 0 to token_tile
@@ -24,6 +29,7 @@ struct alignas(16) Item {
   uint32_t token_tile;   // of all
 };
 
+template <uint32_t kCluster>
 class Schedule {
  public:
   // `words`: 2 (experts + 1) of shared memory. All threads of the block call.
@@ -50,20 +56,20 @@ class Schedule {
   }
 
   // Tiles of tokens.
-  __device__ __forceinline__ uint32_t tiles() const { return tiles_; }
+  __device__ __forceinline__ uint32_t tiles() const { return tiles_ * kCluster; }
 
-  // A whole warp calls, with the same number in every lane.
-  __device__ __forceinline__ Item at(uint32_t number) const {
+  // A whole warp calls, with the same number in every lane; `rank` is the block's in its cluster.
+  __device__ __forceinline__ Item at(uint32_t number, uint32_t rank) const {
     Item item = {};
-    const uint32_t first_items = tiles_ * args_.gate_tiles;
     uint32_t weight_tiles = args_.gate_tiles;
-    if (number >= first_items) {
-      number -= first_items;
-      item.phase = 1;
+    if (number >= tiles_ * weight_tiles) {
+      number -= tiles_ * weight_tiles;
+      item.phase = kDown;
       weight_tiles = args_.down_tiles;
     }
     if (number >= tiles_ * weight_tiles) {
-      item.phase = kNoItem;
+      item.weight_tile = number - tiles_ * weight_tiles;
+      item.phase = item.weight_tile < args_.sum_tiles ? kSum : kNoItem;
       return item;
     }
     item.expert = expert_of(number / weight_tiles);
@@ -74,11 +80,12 @@ class Schedule {
     const uint32_t within = local - band * kBand * weight_tiles;
     const uint32_t height = min(kBand, tiles - band * kBand);
     item.weight_tile = within / height;
-    const uint32_t tile = band * kBand + within - item.weight_tile * height;
-    item.token_tile = first + tile;
+    const uint32_t tile = (band * kBand + within - item.weight_tile * height) * kCluster + rank;
+    item.token_tile = first * kCluster + tile;
     const uint32_t begin = offsets_[item.expert];
     const uint32_t count = offsets_[item.expert + 1] - begin;
-    const uint32_t size = size_of(count, tiles);
+    const uint32_t even = (count + tiles * kCluster - 1) / (tiles * kCluster);
+    const uint32_t size = min(args_.token_tile, (even + 15) / 16 * 16);
     item.first_row = begin + tile * size;
     item.rows = min(size, count - min(count, tile * size));
     return item;
@@ -88,14 +95,7 @@ class Schedule {
   __device__ __forceinline__ uint32_t tiles_of(uint32_t expert) const {
     const uint32_t begin = offsets_[expert];
     const uint32_t end = offsets_[expert + 1];
-    return end > begin ? (end - begin + args_.token_tile - 1) / args_.token_tile : 0;
-  }
-
-  // Tokens of an expert's tiles. Of many tiles all but the last are full.
-  __device__ __forceinline__ uint32_t size_of(uint32_t count, uint32_t tiles) const {
-    if (tiles > 8) return args_.token_tile;
-    const uint32_t even = (count + tiles - 1) / tiles;
-    return min(args_.token_tile, (even + 15) / 16 * 16);
+    return end > begin ? (end - begin - 1) / (args_.token_tile * kCluster) + 1 : 0;
   }
 
   // The expert that has a tile of tokens: of the experts' ends, those at or before it are counted, first every share-th
@@ -113,7 +113,7 @@ class Schedule {
 
   const Args& args_;
   uint32_t* offsets_;
-  uint32_t* first_tile_;
+  uint32_t* first_tile_;  // a cluster's tiles count as one
   uint32_t tiles_;
 };
 
