@@ -15,6 +15,7 @@ mod device;
 mod grouped_gemm;
 mod launch;
 mod linear;
+mod moe_layer;
 mod permute;
 mod rms_norm;
 mod rope;
@@ -33,6 +34,7 @@ pub use cudarc;
 pub use device::Device;
 pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
 pub use linear::{LinearInput, linear, linear_into};
+pub use moe_layer::{Arch, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, TopkBuffers};
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,
 };
