@@ -9,6 +9,7 @@ mod combine;
 mod grouped_gemm;
 #[path = "../common/layers.rs"]
 mod layers;
+mod moe_layer;
 mod numbers;
 mod permute;
 mod rms_norm;
