@@ -17,9 +17,11 @@ mod launch;
 mod linear;
 mod moe_layer;
 mod permute;
+mod random;
 mod rms_norm;
 mod rope;
 mod router;
+mod router_logits;
 mod rows;
 mod sampling;
 mod stream;
@@ -38,9 +40,11 @@ pub use moe_layer::{Arch, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, M
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,
 };
+pub use random::{checksum, checksum_into, random, random_into};
 pub use rms_norm::{add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_into};
 pub use rope::{RopeBuffers, RopeCache, RopeTable, rope_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
+pub use router_logits::{RouterLogitsInput, router_logits, router_logits_into};
 pub use rows::{add_into, embedding, embedding_into};
 pub use sampling::{SampleInput, argmax, argmax_into, argmax_workspace, sample, sample_into};
 pub use stream::Stream;
