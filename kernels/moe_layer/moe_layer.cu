@@ -13,7 +13,9 @@
 // Bounds. FLOPs: 6 T (K + S) d n. Bytes: 6 d n an expert hit, 4 T d.
 
 #include "common/launch.cuh"
+#include "experts/experts.cuh"
 #include "moe_layer/extend.cuh"
+#include "moe_layer/launch_front.cuh"
 #include "moe_layer/workspace.cuh"
 
 namespace anabranch::moe_layer {
@@ -49,23 +51,87 @@ AnabranchStatus permute_bytes_of(const Sizes& sizes, uint64_t* bytes) {
                                      static_cast<uint32_t>(sizes.experts), bytes);
 }
 
-AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, AnabranchMoePlan* plan) {
+struct Device {
+  int major;
+  int minor;
+  int multiprocessors;
+  int shared_per_block;
+};
+
+AnabranchStatus ask(Device* device) {
+  int current = 0;
+  ANABRANCH_TRY(checked(cudaGetDevice(&current)));
+  const struct {
+    int* to;
+    cudaDeviceAttr what;
+  } facts[] = {{&device->major, cudaDevAttrComputeCapabilityMajor},
+               {&device->minor, cudaDevAttrComputeCapabilityMinor},
+               {&device->multiprocessors, cudaDevAttrMultiProcessorCount},
+               {&device->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+  for (const auto& fact : facts) ANABRANCH_TRY(checked(cudaDeviceGetAttribute(fact.to, fact.what, current)));
+  return ANABRANCH_STATUS_OK;
+}
+
+// Whether the kernels for 9.0 take the shape: whole groups of 16 rows of down, and rows found by 32-bit counts of 16
+// bytes.
+bool suits_sm90(const Device& device, const Sizes& sizes) {
+  constexpr uint64_t kMost = uint64_t{1} << 31;
+  return device.major == 9 && device.minor == 0 && sizes.hidden % 16 == 0 && sizes.tokens * sizes.hidden / 8 < kMost &&
+         sizes.pairs() * sizes.intermediate / 8 < kMost;
+}
+
+// What is done with a shape.
+struct Plan {
+  AnabranchArch arch;
+  experts::Config experts;  // with ANABRANCH_ARCH_SM90
+  uint64_t token_tiles;     // the most there can be
+  uint64_t progress_words;
+  uint64_t permute_bytes;
+  uint64_t workspace_bytes;
+  uint32_t blocks;
+  bool fronts;  // one block routes and sorts
+};
+
+// Words of progress: the counter of items has a line of its own, then token tiles, then 64 columns of the result each.
+constexpr uint64_t kCounterWords = 32;
+
+AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Plan* plan) {
   ANABRANCH_TRY(check_shape(shape, num_tokens));
   const Sizes sizes = sizes_of(shape, num_tokens);
-  if (shape.arch == ANABRANCH_ARCH_SM90) return ANABRANCH_STATUS_UNSUPPORTED;
-  uint64_t permute_bytes = 0;
-  ANABRANCH_TRY(permute_bytes_of(sizes, &permute_bytes));
-  Parts parts(nullptr);
-  const Workspace workspace(sizes, permute_bytes, 0, parts);
-  static_cast<void>(workspace);
+  Device device = {};
+  ANABRANCH_TRY(ask(&device));
   *plan = {};
-  plan->arch = ANABRANCH_ARCH_SM80;
-  plan->launches = 5 + (shape.num_shared > 0 ? 1 : 0) + (permute_bytes > 0 ? 1 : 0);
+  plan->arch = shape.arch != ANABRANCH_ARCH_AUTO ? shape.arch
+               : suits_sm90(device, sizes)       ? ANABRANCH_ARCH_SM90
+                                                 : ANABRANCH_ARCH_SM80;
+  if (plan->arch == ANABRANCH_ARCH_SM90) {
+    if (!suits_sm90(device, sizes)) return ANABRANCH_STATUS_UNSUPPORTED;
+    plan->experts =
+        experts::choose({sizes.tokens, sizes.experts, sizes.topk, static_cast<uint64_t>(device.shared_per_block)});
+    plan->token_tiles = experts::most_tiles(sizes.pairs(), sizes.experts, plan->experts.token_tile);
+    plan->progress_words = kCounterWords + plan->token_tiles + (sizes.hidden - 1) / experts::kBlockRows + 8;
+    plan->blocks = static_cast<uint32_t>(device.multiprocessors);
+    const uint64_t capacity = shape.routing.expert_capacity;
+    plan->fronts = plan->experts.combines && (capacity == 0 || capacity >= num_tokens) &&
+                   shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
+  }
+  ANABRANCH_TRY(permute_bytes_of(sizes, &plan->permute_bytes));
+  Parts parts(nullptr);
+  const Workspace workspace(sizes, plan->permute_bytes, plan->progress_words, parts);
+  static_cast<void>(workspace);
   plan->workspace_bytes = parts.used();
   return ANABRANCH_STATUS_OK;
 }
 
-AnabranchStatus check(const AnabranchMoeLayerParams& params, const AnabranchMoePlan& plan) {
+uint32_t launches_of(const AnabranchMoeShape& shape, const Plan& plan) {
+  // Router, permute.
+  uint32_t launches = 2 + (plan.permute_bytes > 0 ? 1 : 0) + (shape.num_shared > 0 ? 1 : 0);
+  if (plan.arch == ANABRANCH_ARCH_SM80) return launches + 3;
+  if (plan.fronts) return 2;
+  return launches + (plan.experts.combines ? 1 : 2);
+}
+
+AnabranchStatus check(const AnabranchMoeLayerParams& params, const Plan& plan) {
   if (params.num_tokens == 0) return ANABRANCH_STATUS_OK;
   const bool routed = params.topk_ids != nullptr && params.topk_weights != nullptr;
   if (params.x == nullptr || params.gate_up == nullptr || params.down == nullptr || params.out == nullptr ||
@@ -135,7 +201,22 @@ AnabranchStatus permute(const Sizes& sizes, const Workspace& workspace, cudaStre
   return anabranch_permute(&permute, stream);
 }
 
-// The expert products of 8.0 and newer, and the combine.
+AnabranchStatus combine(const AnabranchMoeLayerParams& params, const Sizes& sizes, const Workspace& workspace,
+                        cudaStream_t stream) {
+  AnabranchCombineParams combine = {};
+  combine.num_tokens = sizes.tokens;
+  combine.num_rows = sizes.pairs();
+  combine.topk = static_cast<uint32_t>(sizes.topk);
+  combine.hidden_size = params.shape.hidden_size;
+  combine.y = workspace.y;
+  combine.inverse = workspace.inverse;
+  combine.topk_weights = workspace.weights;
+  combine.out = params.out;
+  combine.out_dtype = ANABRANCH_DTYPE_BF16;
+  return anabranch_combine(&combine, stream);
+}
+
+// The expert products of 8.0 and newer.
 AnabranchStatus experts_sm80(const AnabranchMoeLayerParams& params, const Sizes& sizes, const Workspace& workspace,
                              cudaStream_t stream) {
   AnabranchGroupedGemmParams gemm = {};
@@ -163,19 +244,52 @@ AnabranchStatus experts_sm80(const AnabranchMoeLayerParams& params, const Sizes&
   gemm.weights = params.down;
   gemm.row_slots = nullptr;
   gemm.y = workspace.y;
-  ANABRANCH_TRY(anabranch_grouped_gemm(&gemm, stream));
+  return anabranch_grouped_gemm(&gemm, stream);
+}
 
-  AnabranchCombineParams combine = {};
-  combine.num_tokens = sizes.tokens;
-  combine.num_rows = sizes.pairs();
-  combine.topk = static_cast<uint32_t>(sizes.topk);
-  combine.hidden_size = params.shape.hidden_size;
-  combine.y = workspace.y;
-  combine.inverse = workspace.inverse;
-  combine.topk_weights = workspace.weights;
-  combine.out = params.out;
-  combine.out_dtype = ANABRANCH_DTYPE_BF16;
-  return anabranch_combine(&combine, stream);
+// Those of 9.0, and with few tokens the combine as well.
+AnabranchStatus experts_sm90(const AnabranchMoeLayerParams& params, const Sizes& sizes, const Plan& plan,
+                             const Workspace& workspace, cudaStream_t stream) {
+  experts::Args args = {};
+  args.x = static_cast<const uint16_t*>(params.x);
+  args.offsets = workspace.offsets;
+  args.slots = workspace.slots;
+  args.inverse = workspace.inverse;
+  args.weights = workspace.weights;
+  args.h = workspace.h;
+  args.y = workspace.y;
+  args.out = plan.experts.combines ? static_cast<uint16_t*>(params.out) : nullptr;
+  args.next_item = workspace.progress;
+  args.gated = workspace.progress + kCounterWords;
+  args.summed = args.gated + plan.token_tiles;
+  args.num_tokens = static_cast<uint32_t>(sizes.tokens);
+  args.num_rows = static_cast<uint32_t>(sizes.pairs());
+  args.num_experts = static_cast<uint32_t>(sizes.experts);
+  args.topk = static_cast<uint32_t>(sizes.topk);
+  args.hidden = params.shape.hidden_size;
+  args.intermediate = params.shape.intermediate_size;
+  return experts::launch_sm90(plan.experts, args, params.gate_up, params.down, stream);
+}
+
+AnabranchStatus run(const AnabranchMoeLayerParams& params, const Plan& plan, cudaStream_t stream) {
+  const Sizes sizes = sizes_of(params.shape, params.num_tokens);
+  Parts parts(params.workspace);
+  Workspace workspace(sizes, plan.permute_bytes, plan.progress_words, parts);
+  if (plan.fronts) {
+    ANABRANCH_TRY(launch_front(params, sizes, workspace, plan.progress_words, stream));
+    return experts_sm90(params, sizes, plan, workspace, stream);
+  }
+  if (plan.arch == ANABRANCH_ARCH_SM90) {
+    ANABRANCH_TRY(checked(cudaMemsetAsync(workspace.progress, 0, 4 * plan.progress_words, stream)));
+  }
+  ANABRANCH_TRY(route(params, workspace, stream));
+  ANABRANCH_TRY(permute(sizes, workspace, stream));
+  if (plan.arch == ANABRANCH_ARCH_SM80) {
+    ANABRANCH_TRY(experts_sm80(params, sizes, workspace, stream));
+    return combine(params, sizes, workspace, stream);
+  }
+  ANABRANCH_TRY(experts_sm90(params, sizes, plan, workspace, stream));
+  return plan.experts.combines ? ANABRANCH_STATUS_OK : combine(params, sizes, workspace, stream);
 }
 
 }  // namespace
@@ -183,24 +297,26 @@ AnabranchStatus experts_sm80(const AnabranchMoeLayerParams& params, const Sizes&
 
 extern "C" AnabranchStatus anabranch_moe_plan(const AnabranchMoeShape* shape, uint64_t num_tokens,
                                               AnabranchMoePlan* plan) {
+  using namespace anabranch;
   if (shape == nullptr || plan == nullptr) return ANABRANCH_STATUS_POINTER;
-  return anabranch::moe_layer::plan_of(*shape, num_tokens, plan);
+  moe_layer::Plan chosen = {};
+  ANABRANCH_TRY(moe_layer::plan_of(*shape, num_tokens, &chosen));
+  *plan = {};
+  plan->arch = chosen.arch;
+  plan->tile_rows = chosen.experts.rows;
+  plan->tile_tokens = chosen.experts.token_tile;
+  plan->stages = chosen.experts.stages;
+  plan->blocks = chosen.blocks;
+  plan->launches = moe_layer::launches_of(*shape, chosen);
+  plan->workspace_bytes = chosen.workspace_bytes;
+  return ANABRANCH_STATUS_OK;
 }
 
 extern "C" AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, AnabranchStream stream) {
   using namespace anabranch;
-  using namespace anabranch::moe_layer;
   if (params == nullptr) return ANABRANCH_STATUS_POINTER;
-  AnabranchMoePlan plan = {};
-  ANABRANCH_TRY(plan_of(params->shape, params->num_tokens, &plan));
+  moe_layer::Plan plan = {};
+  ANABRANCH_TRY(moe_layer::plan_of(params->shape, params->num_tokens, &plan));
   ANABRANCH_TRY(moe_layer::check(*params, plan));
-  if (params->num_tokens == 0) return ANABRANCH_STATUS_OK;
-  const Sizes sizes = sizes_of(params->shape, params->num_tokens);
-  uint64_t permute_bytes = 0;
-  ANABRANCH_TRY(permute_bytes_of(sizes, &permute_bytes));
-  Parts parts(params->workspace);
-  Workspace workspace(sizes, permute_bytes, 0, parts);
-  ANABRANCH_TRY(route(*params, workspace, stream));
-  ANABRANCH_TRY(moe_layer::permute(sizes, workspace, stream));
-  return experts_sm80(*params, sizes, workspace, stream);
+  return params->num_tokens == 0 ? ANABRANCH_STATUS_OK : moe_layer::run(*params, plan, stream);
 }

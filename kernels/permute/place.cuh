@@ -22,12 +22,12 @@ constexpr uint32_t kNowhere = 0xffffffffu;
 
 // The expert of a pair, kNowhere if it has none or is past the end.
 __device__ __forceinline__ uint32_t expert_of(const Args& args, uint32_t pair) {
-  const uint32_t id = pair < args.num_pairs ? static_cast<uint32_t>(__ldg(args.ids + pair)) : kNowhere;
+  const uint32_t id = pair < args.num_pairs ? static_cast<uint32_t>(args.ids[pair]) : kNowhere;
   return id < args.num_experts ? id : kNowhere;
 }
 
 // counts[block, e]: how many pairs of the block's go to expert e.
-__global__ void __launch_bounds__(1024) count_pairs(const __grid_constant__ Args args) {
+static __global__ void __launch_bounds__(1024) count_pairs(const __grid_constant__ Args args) {
   extern __shared__ uint32_t shared[];  // [E]
   for (uint32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared[e] = 0;
   __syncthreads();
@@ -79,8 +79,9 @@ __device__ __forceinline__ uint32_t exclusive_scan(uint32_t* total, uint32_t num
 // before it (experts before, blocks before, warps before) make the row of its first pair of each expert, and it goes
 // through its pairs once more, 32 at a time: a pair's row is the expert's next one plus the pairs of that expert in
 // lower lanes.
-__global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args args) {
-  extern __shared__ uint32_t shared[];  // [warps, E], [E], [E]
+//
+// `shared`: [warps, E], [E], [E]. Whole blocks call.
+__device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
   const uint32_t experts = args.num_experts;
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t warp = threadIdx.x / kWarpSize;
@@ -146,6 +147,11 @@ __global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args
   for (uint64_t row = num_rows + uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < args.num_pairs; row += stride) {
     args.slots[row] = kNowhere;
   }
+}
+
+static __global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args args) {
+  extern __shared__ uint32_t shared[];
+  place_rows(args, shared);
 }
 
 }  // namespace anabranch::permute

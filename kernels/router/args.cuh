@@ -20,12 +20,13 @@ struct Args {
   const float* logits;      // [T, E]
   const float* bias;        // [E] or null
   const float* complexity;  // [T] or null
-  int32_t* ids;             // [T, K]
-  float* weights;           // [T, K]
+  int32_t* ids;             // [T, K] with rows `pitch` apart
+  float* weights;           // likewise
   uint32_t* counts;         // [E], zero before the launch unless one block does everything
   uint32_t num_tokens;
   uint32_t num_experts;
   uint32_t topk;
+  uint32_t pitch;  // elements from a token's ids to the next's
   AnabranchScore score;
   AnabranchAdaptive adaptive;
   bool has_bias;

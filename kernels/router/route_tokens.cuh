@@ -30,17 +30,16 @@ __device__ __forceinline__ float weigh(const Args& args, bool chosen, float logi
 }
 
 // Clears the counts, while the kernel that adds to them is already at work on its tokens.
-__global__ void clear_counts(uint32_t* counts, uint32_t num_experts) {
+static __global__ void clear_counts(uint32_t* counts, uint32_t num_experts) {
   ptx::launch_dependents();
   for (uint32_t expert = threadIdx.x; expert < num_experts; expert += blockDim.x) counts[expert] = 0;
 }
 
-template <int kValues, class Rule>
-__global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(kValues))
-    route_tokens(const __grid_constant__ Args given) {
-  const Args args = Rule::template fixed<kValues>(given);
+// Routes this block's tokens, those of every gridDim.x-th round of warps; `shared` begins with the block's counts.
+// Whole blocks call.
+template <int kValues>
+__device__ __forceinline__ void route_rows(const Args& args, uint32_t* shared) {
   using Shape = Tile<kValues>;
-  extern __shared__ __align__(16) uint32_t shared[];
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t warp = threadIdx.x / kWarpSize;
   const bool group_scores = args.groups.count > 1 && args.groups.lanes == 0;
@@ -95,17 +94,25 @@ __global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(k
     const float logit = chosen ? __ldg(logits + choice.expert) : -INFINITY;
     const float weight = weigh(args, chosen, logit, softmax, poisoned);
     if (choice.rank < args.topk) {
-      const uint32_t at = token * args.topk + choice.rank;  // below 2^31
+      const uint32_t at = token * args.pitch + choice.rank;  // below 2^31
       args.ids[at] = chosen ? static_cast<int32_t>(choice.expert) : -1;
       args.weights[at] = chosen ? weight : 0.0f;
     }
     if (chosen) atomicAdd(counts + choice.expert, 1u);
   }
+}
 
+template <int kValues, class Rule>
+__global__ void __launch_bounds__(Tile<kValues>::kThreads, Rule::blocks_per_sm(kValues))
+    route_tokens(const __grid_constant__ Args given) {
+  const Args args = Rule::template fixed<kValues>(given);
+  extern __shared__ __align__(16) uint32_t shared[];
+  route_rows<kValues>(args, shared);
+  const uint32_t* counts = shared;
   __syncthreads();
   ptx::wait_for_prerequisites();
 #pragma unroll 1
-  for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Shape::kThreads) {
+  for (uint32_t expert = threadIdx.x; expert < args.num_experts; expert += Tile<kValues>::kThreads) {
     if (gridDim.x == 1) {
       args.counts[expert] = counts[expert];
     } else if (counts[expert] != 0) {

@@ -1,0 +1,120 @@
+// Which item of work is what. Every block works it out for itself from the experts' offsets, which the host does not
+// know.
+//
+// Items are tiles of the first product, then tiles of the second, each expert by expert; within an expert by bands of
+// up to 16 tiles of tokens, within a band weights tile by weights tile. Blocks that run at once so share weights, and a
+// band's tokens, in the second-level cache. An expert's tokens are spread evenly over as few tiles as hold them.
+#pragma once
+
+#include "common/warp.cuh"
+#include "experts/args.cuh"
+
+namespace anabranch::experts {
+
+constexpr uint32_t kBand = 16;
+constexpr uint32_t kNoItem = 0xffffffffu;
+
+// An item, as the consumers and the gathering warps read it from shared memory.
+struct alignas(16) Item {
+  uint32_t phase;  // 0: first product, 1: second, kNoItem: no more
+  uint32_t expert;
+  uint32_t first_row;    // in permuted order
+  uint32_t rows;         // 0 to token_tile
+  uint32_t weight_tile;  // of the product's rows of weights
+  uint32_t token_tile;   // of all
+};
+
+class Schedule {
+ public:
+  // `words`: 2 (experts + 1) of shared memory. All threads of the block call.
+  __device__ __forceinline__ Schedule(const Args& args, uint32_t* words)
+      : args_(args), offsets_(words), first_tile_(words + args.num_experts + 1) {
+    for (uint32_t expert = threadIdx.x; expert <= args.num_experts; expert += blockDim.x) {
+      // Offsets past the end would be written through: they are not believed.
+      offsets_[expert] = min(args.offsets[expert], args.num_rows);
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpSize) {
+      uint32_t sum = 0;
+      for (uint32_t base = 0; base < args.num_experts; base += kWarpSize) {
+        const uint32_t expert = base + threadIdx.x;
+        const uint32_t tiles = expert < args.num_experts ? tiles_of(expert) : 0;
+        const uint32_t inclusive = warp_inclusive_sum(tiles, threadIdx.x);
+        if (expert < args.num_experts) first_tile_[expert] = sum + inclusive - tiles;
+        sum += __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
+      }
+      if (threadIdx.x == 0) first_tile_[args.num_experts] = sum;
+    }
+    __syncthreads();
+    tiles_ = first_tile_[args.num_experts];
+  }
+
+  // Tiles of tokens.
+  __device__ __forceinline__ uint32_t tiles() const { return tiles_; }
+
+  // A whole warp calls, with the same number in every lane.
+  __device__ __forceinline__ Item at(uint32_t number) const {
+    Item item = {};
+    const uint32_t first_items = tiles_ * args_.gate_tiles;
+    uint32_t weight_tiles = args_.gate_tiles;
+    if (number >= first_items) {
+      number -= first_items;
+      item.phase = 1;
+      weight_tiles = args_.down_tiles;
+    }
+    if (number >= tiles_ * weight_tiles) {
+      item.phase = kNoItem;
+      return item;
+    }
+    item.expert = expert_of(number / weight_tiles);
+    const uint32_t first = first_tile_[item.expert];
+    const uint32_t tiles = first_tile_[item.expert + 1] - first;
+    const uint32_t local = number - first * weight_tiles;
+    const uint32_t band = local / (kBand * weight_tiles);
+    const uint32_t within = local - band * kBand * weight_tiles;
+    const uint32_t height = min(kBand, tiles - band * kBand);
+    item.weight_tile = within / height;
+    const uint32_t tile = band * kBand + within - item.weight_tile * height;
+    item.token_tile = first + tile;
+    const uint32_t begin = offsets_[item.expert];
+    const uint32_t count = offsets_[item.expert + 1] - begin;
+    const uint32_t size = size_of(count, tiles);
+    item.first_row = begin + tile * size;
+    item.rows = min(size, count - min(count, tile * size));
+    return item;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t tiles_of(uint32_t expert) const {
+    const uint32_t begin = offsets_[expert];
+    const uint32_t end = offsets_[expert + 1];
+    return end > begin ? (end - begin + args_.token_tile - 1) / args_.token_tile : 0;
+  }
+
+  // Tokens of an expert's tiles. Of many tiles all but the last are full.
+  __device__ __forceinline__ uint32_t size_of(uint32_t count, uint32_t tiles) const {
+    if (tiles > 8) return args_.token_tile;
+    const uint32_t even = (count + tiles - 1) / tiles;
+    return min(args_.token_tile, (even + 15) / 16 * 16);
+  }
+
+  // The expert that has a tile of tokens: of the experts' ends, those at or before it are counted, first every share-th
+  // by a lane each, then one by one within a share. Two rounds do up to 1,024 experts.
+  __device__ __forceinline__ uint32_t expert_of(uint32_t tile) const {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t experts = args_.num_experts;
+    const uint32_t share = (experts + kWarpSize - 1) / kWarpSize;
+    const uint32_t last = min((lane + 1) * share, experts);
+    const uint32_t begin = share * __popc(__ballot_sync(kFullWarp, first_tile_[last] <= tile));
+    const uint32_t end = min(begin + lane + 1, experts);
+    const bool before = lane < share && first_tile_[end] <= tile;
+    return begin + __popc(__ballot_sync(kFullWarp, before));
+  }
+
+  const Args& args_;
+  uint32_t* offsets_;
+  uint32_t* first_tile_;
+  uint32_t tiles_;
+};
+
+}  // namespace anabranch::experts
