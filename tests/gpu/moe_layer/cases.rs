@@ -168,8 +168,7 @@ impl Case {
         pick(&mut |token| scales.extend_from_slice(&weights[token * topk..(token + 1) * topk]));
         chosen.iter_mut().for_each(|id| *id = if (0..experts as i32).contains(id) { *id } else { -1 });
 
-        let bytes = |values: &[bf16]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-        let (gate_up, down) = (bytes(&of.gate_up), bytes(&of.down));
+        let (gate_up, down): (&[u8], &[u8]) = (bytemuck::cast_slice(&of.gate_up), bytemuck::cast_slice(&of.down));
         let expert = |index: usize| {
             let gate_up = &gate_up[index * 4 * n * d..(index + 1) * 4 * n * d];
             let down = &down[index * 2 * n * d..(index + 1) * 2 * n * d];

@@ -26,7 +26,7 @@ const DENSE: [usize; 3] = [16_384, 4096, 4096];
 
 impl Ceilings {
     /// Takes 4 GiB of memory for a moment, and about 0.2 s.
-    pub(super) fn measure(bench: &mut Bench, arch: Arch) -> Result<Self, Failure> {
+    pub(super) fn measure(bench: &Bench, arch: Arch) -> Result<Self, Failure> {
         let (read, copy) = bandwidths(bench)?;
         let gemm = dense(bench, arch)?;
         bench.stream.synchronize()?;
@@ -34,7 +34,7 @@ impl Ceilings {
     }
 }
 
-fn bandwidths(bench: &mut Bench) -> Result<(f64, f64), Failure> {
+fn bandwidths(bench: &Bench) -> Result<(f64, f64), Failure> {
     let stream = bench.stream.clone();
     let from = stream.zeros::<u32>([WORDS])?;
     let mut to = stream.zeros::<u32>([WORDS])?;
@@ -47,7 +47,7 @@ fn bandwidths(bench: &mut Bench) -> Result<(f64, f64), Failure> {
     Ok((bytes / read / 1e6, 2.0 * bytes / copy / 1e6))
 }
 
-fn dense(bench: &mut Bench, arch: Arch) -> Result<f64, Failure> {
+fn dense(bench: &Bench, arch: Arch) -> Result<f64, Failure> {
     let stream = bench.stream.clone();
     let [tokens, d, n] = DENSE;
     let shape =

@@ -19,12 +19,12 @@ use std::{fs, path::PathBuf};
     anabranch bench moe --preset all --json results.json --plot roofline.svg --peers peers.json\n  \
     anabranch bench moe --hidden 2048 --intermediate 768 --experts 128 --topk 8 --tokens 1,37,1000 --routing zipf\n  \
     anabranch bench moe --preset qwen3 --steady\n\n\
-    Every sample is one call between two CUDA events, after the second-level cache has been overwritten; eager calls\n\
-    and graph launches by turns, 50 to 200 of each within about two seconds (17 where a call takes longer). The smaller\n\
-    median counts. Weights are random, logits come from a fixed seed, the routing is the softmax over the top-k logits.\n\
-    floor us = max(6 T K d n / 790e12, (experts hit * 6 d n + 4 T d) / 4.6e12); error is against the float32 reference on\n\
-    sampled tokens. --steady: sixteen layers with weights of their own (or as many as fit) in one graph, nothing flushed,\n\
-    time per layer.")]
+    Every sample is one call between two CUDA events, after the second-level cache has been overwritten: eager calls and \
+    graph launches by turns, 50 to 200 of each within about two seconds (17 where a call takes long). The smaller median \
+    counts. Weights are random, logits come from a fixed seed, the routing is the softmax over the top-k logits.\n\n\
+    floor us = max(6 T K d n / 790e12, (experts hit * 6 d n + 4 T d) / 4.6e12); error is against the float32 reference on \
+    sampled tokens.\n\n\
+    --steady: sixteen layers with weights of their own (or as many as fit) in one graph, nothing flushed, time per layer.")]
 pub(crate) struct Arguments {
     /// Published layers, in place of sizes
     #[arg(long, value_enum, value_name = "NAME,...", value_delimiter = ',', required_unless_present = "hidden",
@@ -146,7 +146,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         output::print(&format!("\n{}\n{}", title(shape, arguments), record::table(&records[first..])))?;
     }
     if let Some(path) = &arguments.plot {
-        let ceilings = Ceilings::measure(&mut bench, setting.arch)?;
+        let ceilings = Ceilings::measure(&bench, setting.arch)?;
         let Ceilings { read, copy, gemm } = ceilings;
         output::print(&format!("\nceilings: read {read:.2} TB/s, copy {copy:.2} TB/s, own GEMM {gemm:.0} TFLOP/s\n"))?;
         let svg = roofline::draw(&records, peers.as_deref().unwrap_or_default(), ceilings);

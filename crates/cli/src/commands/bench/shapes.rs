@@ -14,9 +14,9 @@ pub(super) enum Preset {
     Mixtral,
     /// Qwen3-30B-A3B: 8 of 128, 2048 by 768
     Qwen3,
-    /// `SonicMoE`'s 7B: 8 of 128, 1536 by 256
+    /// A 7B model with fine-grained experts: 8 of 128, 1536 by 256
     Sonic7b,
-    /// 8 of 128, 4096 by 1024
+    /// Many tokens, wide rows: 8 of 128, 4096 by 1024
     Sonic4k,
     /// Each of the above
     All,
