@@ -58,7 +58,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, default_value_t = From::Logits)]
     from: From,
     /// Logits from a safetensors file, NAME.T for a preset with T tokens [T, E]; made from the seed where it has none
-    #[arg(long, value_name = "FILE", requires = "preset")]
+    #[arg(long, value_name = "FILE", conflicts_with = "hidden")]
     logits: Option<PathBuf>,
     /// Measure sixteen layers back to back instead of one on its own
     #[arg(long)]
