@@ -433,6 +433,25 @@ fn a_plan_says_what_it_chose() {
     });
 }
 
+/// Wherever another tile or front is chosen.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn the_workspace_of_more_tokens_does_for_fewer() {
+    on_gpu(|stream| {
+        for ([experts, topk], sizes) in
+            [([128, 8], [2048, 768]), ([1024, 1], [16, 8]), ([384, 32], [16, 8]), ([1, 1], [16, 8])]
+        {
+            let case = plain(3000, [experts, topk], sizes, Choice::Normal);
+            for arch in PATHS {
+                let layer = MoeLayer::plan(stream.device(), &case.shape(), 3000, arch).unwrap();
+                let bytes = |tokens| layer.describe_for(tokens).unwrap().workspace_bytes;
+                let shrinks = (0..3000).find(|tokens| bytes(*tokens) > bytes(tokens + 1));
+                assert_eq!(shrinks, None, "{arch}, {experts} experts");
+            }
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs a CUDA GPU"]
 fn bad_calls_are_refused_before_anything_is_launched() {

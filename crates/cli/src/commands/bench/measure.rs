@@ -222,6 +222,7 @@ impl Bench {
             num_shared: setting.num_shared,
         };
         let layer = MoeLayer::plan(stream.device(), &moe, tokens, setting.arch)?;
+        tracing::info!("the plan\n{}", layer.describe());
         Ok(Call {
             x: random(stream, [tokens, shape.hidden], SEED, 1.0)?,
             logits: stream.upload([tokens, shape.experts], logits)?,

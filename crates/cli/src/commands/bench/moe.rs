@@ -24,7 +24,8 @@ use std::{fs, path::PathBuf};
     counts. Weights are random, logits come from a fixed seed, the routing is the softmax over the top-k logits.\n\n\
     floor us = max(6 T K d n / 790e12, (experts hit * 6 d n + 4 T d) / 4.6e12); error is against the float32 reference on \
     sampled tokens.\n\n\
-    --steady: sixteen layers with weights of their own (or as many as fit) in one graph, nothing flushed, time per layer.")]
+    --steady: sixteen layers with weights of their own (or as many as fit) in one graph, nothing flushed, time per layer.\n\n\
+    RUST_LOG=info shows what is planned for every point.")]
 pub(crate) struct Arguments {
     /// Published layers, in place of sizes
     #[arg(long, value_enum, value_name = "NAME,...", value_delimiter = ',', required_unless_present = "hidden",
