@@ -36,7 +36,7 @@ const SAMPLES: [usize; 2] = [50, 200];
 /// Once this long has been spent, the least number of samples is enough.
 const ENOUGH: Duration = Duration::from_millis(700);
 /// Once this long has been spent, a third of them is.
-const MOST: Duration = Duration::from_secs(2);
+const MOST: Duration = Duration::from_millis(2500);
 /// Samples between two waits.
 const BATCH: usize = 10;
 /// Memory that weights leave free for everything else.
