@@ -8,6 +8,7 @@
 mod attention;
 mod combine;
 mod grouped_gemm;
+mod moe_layer;
 mod permute;
 mod rms_norm;
 mod rope;
@@ -23,6 +24,7 @@ criterion::criterion_group!(
     permute::bench,
     grouped_gemm::bench,
     combine::bench,
+    moe_layer::bench,
     rms_norm::bench,
     rope::bench,
     attention::bench,

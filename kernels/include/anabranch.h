@@ -121,6 +121,26 @@ AnabranchStatus anabranch_router_workspace(const AnabranchRouting* routing, uint
 // Routes every token. `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_router(const AnabranchRouterParams* params, AnabranchStream stream);
 
+// The gate product: logits[t, e] = sum_i x[t, i] gate[e, i] + bias[e], what a router judges by.
+typedef struct AnabranchRouterLogitsParams {
+  // T, below 2^31.
+  uint64_t num_tokens;
+  // E, 1 to 1024.
+  uint32_t num_experts;
+  // d, a multiple of 8, 8 to 2^30.
+  uint32_t hidden_size;
+  // [T, d] bf16, aligned to 16.
+  const void* x;
+  // [E, d] bf16, aligned to 16.
+  const void* gate;
+  // [E] or null.
+  const float* bias;
+  // [T, E]
+  float* logits;
+} AnabranchRouterLogitsParams;
+
+AnabranchStatus anabranch_router_logits(const AnabranchRouterLogitsParams* params, AnabranchStream stream);
+
 // ---- permute ----
 
 // Sorts (token, slot) pairs by expert, stable: ascending token within an expert.
@@ -468,6 +488,33 @@ AnabranchStatus anabranch_attention_workspace(const AnabranchAttentionParams* pa
 
 // `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_attention(const AnabranchAttentionParams* params, AnabranchStream stream);
+
+// ---- random, checksum: to fill and to read memory as fast as it goes ----
+
+// Reproducible noise of mean 0, about normally distributed: an element hangs on the seed and its place alone.
+typedef struct AnabranchRandomParams {
+  uint64_t num_elements;
+  uint64_t seed;
+  // The standard deviation.
+  float scale;
+  // bf16 or f32.
+  AnabranchDtype out_dtype;
+  // Aligned to 16.
+  void* out;
+} AnabranchRandomParams;
+
+AnabranchStatus anabranch_random(const AnabranchRandomParams* params, AnabranchStream stream);
+
+// The exclusive or of all words.
+typedef struct AnabranchChecksumParams {
+  uint64_t num_words;
+  // Aligned to 16.
+  const uint32_t* x;
+  // One word.
+  uint32_t* out;
+} AnabranchChecksumParams;
+
+AnabranchStatus anabranch_checksum(const AnabranchChecksumParams* params, AnabranchStream stream);
 
 // ---- moe_layer ----
 

@@ -30,8 +30,13 @@ pub(super) struct Launch<'a> {
 impl<'a> Launch<'a> {
     /// Makes the stream's context current on this thread, as every launcher needs.
     pub(super) fn begin(operation: &'static str, stream: &'a Stream) -> Result<Self> {
-        stream.device().context().bind_to_thread().map_err(|error| driver(operation, error))?;
+        Self::bind(operation, stream.device())?;
         Ok(Self { operation, stream })
+    }
+
+    /// Makes a GPU's context current on this thread, as a query that asks for the GPU's facts needs.
+    pub(super) fn bind(operation: &'static str, device: &Device) -> Result<()> {
+        device.context().bind_to_thread().map_err(|error| driver(operation, error))
     }
 
     /// A tensor to read, of this shape.

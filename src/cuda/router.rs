@@ -162,7 +162,7 @@ fn check_settings(routing: &Routing, input: &RouterInput<'_>, num_tokens: usize)
 }
 
 /// The routing as the header has it.
-fn rule(routing: &Routing, num_tokens: usize) -> sys::AnabranchRouting {
+pub(super) fn rule(routing: &Routing, num_tokens: usize) -> sys::AnabranchRouting {
     let limit = routing.group_limit();
     sys::AnabranchRouting {
         num_experts: routing.num_experts() as u32,

@@ -9,11 +9,14 @@ mod combine;
 mod grouped_gemm;
 #[path = "../common/layers.rs"]
 mod layers;
+mod moe_layer;
 mod numbers;
 mod permute;
+mod random;
 mod rms_norm;
 mod rope;
 mod router;
+mod router_logits;
 mod rows;
 mod sampling;
 mod support;

@@ -1,7 +1,7 @@
 //! router: ids, weights and counts.
 
 mod cases;
-mod compare;
+pub(crate) mod compare;
 
 use anabranch::{
     Capacity, Error, GroupLimit, GroupScore, Renormalize, Routing, Score,

@@ -52,7 +52,7 @@ impl Noise {
 }
 
 /// Elements on either side of a guarded buffer.
-const GUARD: usize = 64;
+const GUARD: usize = 256;
 
 /// Device memory full of a poison, with more of it on both sides: what an operation writes must be all of the middle and
 /// nothing else.

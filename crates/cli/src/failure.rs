@@ -36,6 +36,12 @@ impl fmt::Display for Failure {
     }
 }
 
+impl From<anabranch::Error> for Failure {
+    fn from(error: anabranch::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
 impl From<anabranch_model::Error> for Failure {
     fn from(error: anabranch_model::Error) -> Self {
         Self::Model(error)

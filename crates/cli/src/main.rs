@@ -35,6 +35,7 @@ enum Command {
     Logits(commands::logits::Arguments),
     Inspect(commands::inspect::Arguments),
     Init(commands::init::Arguments),
+    Bench(commands::bench::Arguments),
     Doctor(commands::doctor::Arguments),
 }
 
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         Command::Logits(arguments) => commands::logits::run(&arguments),
         Command::Inspect(arguments) => commands::inspect::run(&arguments),
         Command::Init(arguments) => commands::init::run(&arguments),
+        Command::Bench(arguments) => commands::bench::run(&arguments),
         Command::Doctor(arguments) => commands::doctor::run(&arguments),
     });
     match result {

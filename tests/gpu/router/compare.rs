@@ -80,7 +80,7 @@ pub(crate) fn drop_overflow(routing: &Routing, capacity: usize, routed: &Routed)
     dropped
 }
 
-fn count(experts: usize, ids: &[i32]) -> Vec<u32> {
+pub(crate) fn count(experts: usize, ids: &[i32]) -> Vec<u32> {
     let mut counts = vec![0; experts];
     ids.iter().filter(|id| **id >= 0).for_each(|id| counts[*id as usize] += 1);
     counts

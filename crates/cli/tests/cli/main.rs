@@ -1,6 +1,7 @@
 //! The binary from outside: what it prints, how it ends, and what it leaves behind.
 
 mod bad_checkpoints;
+mod bench;
 mod doctor;
 mod generate;
 mod init;

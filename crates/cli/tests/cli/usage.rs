@@ -2,7 +2,7 @@
 
 use crate::support::run;
 
-const COMMANDS: [&str; 5] = ["generate", "logits", "inspect", "init", "doctor"];
+const COMMANDS: [&str; 6] = ["generate", "logits", "inspect", "init", "bench", "doctor"];
 
 #[test]
 fn help_names_every_command() {

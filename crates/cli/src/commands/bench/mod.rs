@@ -1,0 +1,42 @@
+//! `anabranch bench`: how fast an operation is on this machine's GPU.
+
+#[cfg(feature = "cuda")]
+mod ceilings;
+#[cfg(feature = "cuda")]
+mod check;
+#[cfg(feature = "cuda")]
+mod logits;
+#[cfg(feature = "cuda")]
+mod measure;
+#[cfg(feature = "cuda")]
+mod moe;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+mod moe;
+#[cfg(feature = "cuda")]
+mod record;
+#[cfg(feature = "cuda")]
+mod roofline;
+#[cfg(feature = "cuda")]
+mod shapes;
+
+use crate::failure::Failure;
+
+/// Measure how fast an operation is on this machine's GPU
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  anabranch bench moe --preset all --json results.json --plot roofline.svg")]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    operation: Operation,
+}
+
+#[derive(clap::Subcommand)]
+enum Operation {
+    Moe(moe::Arguments),
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    match &arguments.operation {
+        Operation::Moe(arguments) => moe::run(arguments),
+    }
+}
