@@ -13,16 +13,20 @@ constexpr uint32_t kRowBytes = kDepth * 2;
 // Rows of weights of one product: wgmma's M.
 constexpr uint32_t kBlockRows = 64;
 // Most tokens of a tile: wgmma's N.
-constexpr uint32_t kMostTokens = 192;
+constexpr uint32_t kMostTokens = 176;
 constexpr uint32_t kMostStages = 24;
 // Items that the weights' producer may be ahead of the consumers.
 constexpr uint32_t kQueue = 2;
 
+// Tokens that a warpgroup has in its part of shared memory on their way out, 64 columns of each.
+constexpr uint32_t kOutTokens = 32;
+constexpr uint32_t kOutBytes = kOutTokens * 128;
+
 struct Args {
-  // Weights as [E, rows / 16, 2, 8, columns]: a box is whole groups of 16 rows. In a group of gate_up's, eight rows of
-  // the gate stand before the same eight of up; in one of down's, the even rows before the odd ones.
+  // gate_up as [E, n / 8, 2, 8, d]: a box is whole groups of 16 rows, eight of the gate before the same eight of up.
   CUtensorMap gate_up;
-  CUtensorMap down;
+  CUtensorMap down;             // [E, d, n]
+  CUtensorMap gated_map;        // h: [R, n], in boxes of h_rows rows
   const uint16_t* x;            // [T, d] bf16
   const uint32_t* offsets;      // [E + 1]
   const uint32_t* slots;        // [R]
@@ -43,40 +47,37 @@ struct Args {
   uint32_t topk;
   uint32_t hidden;
   uint32_t intermediate;
-  uint32_t token_tile;  // most tokens of a tile, a multiple of 8
+  uint32_t h_rows;      // 8 or 16
+  uint32_t token_tile;  // most tokens of a tile, a multiple of h_rows
   uint32_t stages;
   uint32_t gate_tiles;  // tiles of gate_up's rows
   uint32_t down_tiles;  // tiles of down's rows
   uint32_t sum_tiles;   // items that sum up columns, 0 where somebody else does
 };
 
-// How a kernel's tiles are shared out: kGroups consumer warpgroups, each kHeight blocks of 64 rows of weights; kMost
-// tokens at most; kPanels panels a stage; kCluster blocks that have the same weights, each with tokens of its own.
-template <uint32_t kGroups_, uint32_t kHeight_, int kMost_, uint32_t kPanels_, uint32_t kCluster_>
+// How a kernel's tiles are shared out: kGroups consumer warpgroups, each with kHeight blocks of 64 rows of weights;
+// kMost tokens at most; kPanels panels a stage.
+template <uint32_t kGroups_, uint32_t kHeight_, int kMost_, uint32_t kPanels_>
 struct Tile {
   static constexpr uint32_t kGroups = kGroups_;
   static constexpr uint32_t kHeight = kHeight_;
   static constexpr int kMost = kMost_;
   static constexpr uint32_t kPanels = kPanels_;
-  static constexpr uint32_t kCluster = kCluster_;
   static constexpr uint32_t kRows = kGroups * kHeight * kBlockRows;
   static constexpr uint32_t kPanelBytes = kRows * kRowBytes;  // of weights
 };
 
-enum class TileId : uint32_t { kFew, kSome, kMany };
+enum class TileId : uint32_t { kFew, kMany };
 
-// Few tokens an expert: memory is what counts, so rows of weights are read 256 bytes at a time.
-using Few = Tile<2, 1, 64, 2, 1>;
-using Some = Tile<2, 2, kMostTokens, 1, 1>;
-// Many: the second-level cache is what counts, so two blocks share their weights.
-using Many = Tile<2, 2, kMostTokens, 1, 2>;
+// Few tokens an expert: memory is what counts, and rows of weights are read 256 bytes at a time.
+using Few = Tile<2, 1, 64, 2>;
+using Many = Tile<2, 2, kMostTokens, 1>;
 
 // The choice for a shape.
 struct Config {
   TileId tile;
   uint32_t rows;        // of weights in a tile
   uint32_t token_tile;  // most tokens of a tile
-  uint32_t cluster;
   uint32_t stages;
   uint32_t shared_bytes;
   bool combines;  // the kernel sums up, and no other launch is needed
@@ -97,9 +98,9 @@ constexpr uint64_t least(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
 
-// Shared memory beside the stages: the queue of items, mail, the schedule, barriers.
-constexpr uint64_t fixed_bytes(uint64_t experts) {
-  return (32 + 32) * kQueue + 16 + 4 * 2 * (experts + 1);
+// Shared memory beside the stages: results on their way out, the queue of items, the schedule, barriers.
+constexpr uint64_t fixed_bytes(uint64_t groups, uint64_t experts) {
+  return groups * kOutBytes + (32 + 16) * kQueue + 4 * 2 * (experts + 1);
 }
 constexpr uint64_t kStageBarriers = 16;
 
@@ -109,9 +110,8 @@ constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
   config.tile = tile;
   config.rows = Shape::kRows;
   config.token_tile = static_cast<uint32_t>(least(token_tile, Shape::kMost));
-  config.cluster = Shape::kCluster;
   const uint64_t stage = uint64_t{Shape::kPanels} * kRowBytes * (Shape::kRows + config.token_tile);
-  const uint64_t fixed = fixed_bytes(problem.experts);
+  const uint64_t fixed = fixed_bytes(Shape::kGroups, problem.experts);
   config.stages = static_cast<uint32_t>(least((problem.shared_limit - fixed) / (stage + kStageBarriers), kMostStages));
   config.shared_bytes = static_cast<uint32_t>(fixed + config.stages * (stage + kStageBarriers));
   config.combines = problem.tokens <= kMostCombined;
@@ -126,20 +126,22 @@ constexpr Config choose(const Problem& problem) {
   // the second-level cache. No expert has a token twice.
   const uint64_t wanted = least(2 * mean + 8, problem.tokens);
   const uint64_t token_tile = wanted <= 8 ? 8 : (wanted + 15) / 16 * 16;
-  if (mean <= 8) return fit<Few>(TileId::kFew, token_tile, problem);
-  if (mean <= 192) return fit<Some>(TileId::kSome, token_tile, problem);
-  return fit<Many>(TileId::kMany, token_tile, problem);
+  // Above, two tiles an expert of Few's would be the rule.
+  return mean <= 64 ? fit<Few>(TileId::kFew, token_tile, problem) : fit<Many>(TileId::kMany, token_tile, problem);
 }
 
-constexpr uint64_t kHopper = 227 * 1024;
-static_assert(choose({1, 64, 6, kHopper}).tile == TileId::kFew && choose({1, 64, 6, kHopper}).token_tile == 8);
-static_assert(choose({1, 64, 6, kHopper}).stages == 6 && choose({64, 256, 8, kHopper}).token_tile == 16);
-static_assert(choose({16384, 64, 6, kHopper}).token_tile == 192 && choose({16384, 256, 8, kHopper}).stages == 4);
-static_assert(choose({4096, 1024, 32, kHopper}).stages == 3);
+// A Hopper and the shapes of named models.
+constexpr Config choose_there(uint64_t tokens, uint64_t experts, uint64_t topk) {
+  return choose({tokens, experts, topk, 227 * 1024});
+}
+static_assert(choose_there(1, 64, 6).tile == TileId::kFew && choose_there(1, 64, 6).token_tile == 8);
+static_assert(choose_there(1, 64, 6).stages == 6 && choose_there(512, 128, 8).token_tile == 64);
+static_assert(choose_there(16384, 64, 6).token_tile == 176 && choose_there(16384, 256, 8).stages == 4);
+static_assert(choose_there(4096, 1024, 32).stages >= 3);
 
-// Most tiles of tokens, whatever the routing: an expert's last one, or its last ones in a cluster, may be nearly empty.
+// Most tiles of tokens, whatever the routing: an expert's last one may be nearly empty.
 constexpr uint64_t most_tiles(const Config& config, uint64_t pairs, uint64_t experts) {
-  return config.cluster * (least(pairs, experts) + pairs / (uint64_t{config.token_tile} * config.cluster));
+  return least(pairs, experts) + pairs / config.token_tile;
 }
 
 }  // namespace anabranch::experts

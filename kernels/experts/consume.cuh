@@ -8,26 +8,13 @@
 
 namespace anabranch::experts {
 
-// Gives a stage back to the producers of all blocks that write to it.
-template <class Shape>
-__device__ __forceinline__ void release(const Pipeline<Shape>& pipeline, uint32_t index) {
-  const uint32_t empty = pipeline.empty + 8 * index;
-  if constexpr (Shape::kCluster == 1) {
-    if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty);
-  } else {
-    const uint32_t rank = threadIdx.x % 128 / kWarpSize;
-    if (threadIdx.x % kWarpSize == 0 && rank < Shape::kCluster) {
-      ptx::mbarrier_arrive_cluster(ptx::map_shared(empty, rank));
-    }
-  }
-}
-
 // sums = weights * tokens^T over an item's whole depth. A step's products may still run while the next one's are
 // issued.
 template <class Shape, int kN>
 __device__ __forceinline__ void multiply(const Pipeline<Shape>& pipeline, const Args& args, uint32_t steps,
                                          uint32_t group, Position& stage, float (&sums)[Shape::kHeight][kN / 2]) {
   constexpr uint32_t kBlockBytes = kBlockRows * kRowBytes;
+  const bool signals = threadIdx.x % 128 == 0;
   uint32_t done = 0;
   for (uint32_t step = 0; step < steps; ++step) {
     wait(pipeline.full + 8 * stage.index, stage.parity);
@@ -49,13 +36,13 @@ __device__ __forceinline__ void multiply(const Pipeline<Shape>& pipeline, const 
     ptx::wgmma_commit();
     if (step > 0) {
       ptx::wgmma_wait<1>();
-      release(pipeline, done);
+      if (signals) ptx::mbarrier_arrive(pipeline.empty + 8 * done);
     }
     done = stage.index;
     stage.advance(args.stages);
   }
   ptx::wgmma_wait<0>();
-  release(pipeline, done);
+  if (signals) ptx::mbarrier_arrive(pipeline.empty + 8 * done);
 }
 
 template <class Shape, int kN>
@@ -63,14 +50,16 @@ __device__ __forceinline__ void run_item(const Pipeline<Shape>& pipeline, const 
                                          uint32_t group, Position& stage) {
   // Set: where a product read what nothing wrote, the compiler would keep these registers through all other shapes.
   float sums[Shape::kHeight][kN / 2] = {};
-  multiply<Shape, kN>(pipeline, args, steps_of<Shape>(args, item.phase), group, stage, sums);
+  multiply<Shape, kN>(pipeline, args, steps_of<Shape>(args, item), group, stage, sums);
   const uint32_t part = (item.weight_tile * Shape::kGroups + group) * Shape::kHeight;
+  const uint32_t out = pipeline.outs + group * kOutBytes;
+  const uint32_t barrier = kGroupBarrier + group;
+  if (item.phase == kGate) {
+    store_gated<kN, Shape::kHeight>(args, item, sums, part * (kBlockRows / 2), out, barrier);
+  } else {
 #pragma unroll
-  for (uint32_t block = 0; block < Shape::kHeight; ++block) {
-    if (item.phase == kGate) {
-      store_gated<kN>(args, item, sums[block], (part + block) * (kBlockRows / 2));
-    } else {
-      store_down<kN>(args, item, sums[block], (part + block) * kBlockRows);
+    for (uint32_t block = 0; block < Shape::kHeight; ++block) {
+      store_down<kN>(args, item, sums[block], (part + block) * kBlockRows, out, barrier);
     }
   }
 }
@@ -88,8 +77,7 @@ __device__ __forceinline__ void run_narrowest(const Pipeline<Shape>& pipeline, c
 }
 
 template <class Shape>
-__device__ __forceinline__ void consume(const Args& args, const Schedule<Shape::kCluster>& schedule,
-                                        const Pipeline<Shape>& pipeline) {
+__device__ __forceinline__ void consume(const Args& args, const Pipeline<Shape>& pipeline) {
   const uint32_t group = threadIdx.x / 128 - 1;
   const bool signals = threadIdx.x % 128 == 0;
   Position stage;
@@ -102,28 +90,32 @@ __device__ __forceinline__ void consume(const Args& args, const Schedule<Shape::
     queue.advance(kQueue);
     if (item.phase == kNoItem) return;
 
-    const uint32_t part = item.weight_tile * Shape::kGroups + group;
     if (item.phase == kSum) {
       // 64 columns of a few tokens for each warpgroup; kHeight times 64 columns are a part of the second product.
+      const uint32_t unit = item.weight_tile * Shape::kGroups + group;
       const uint32_t blocks = (args.hidden - 1) / kBlockRows + 1;
-      const uint32_t block = part % blocks;
+      const uint32_t block = unit % blocks;
       if (signals) {
-        while (ptx::ld_acquire(args.summed + block / Shape::kHeight) < schedule.tiles()) {
+        while (ptx::ld_acquire(args.summed + block / Shape::kHeight) < item.token_tile) {
         }
       }
       ptx::named_barrier(kGroupBarrier + group, 128);
-      combine_columns(args, block * kBlockRows, part / blocks * kSumTokens);
+      combine_columns(args, block * kBlockRows, unit / blocks * kSumTokens);
       continue;
     }
 
     run_narrowest<Shape, 8>(pipeline, args, item, group, stage);
 
+    // The second product's tokens are read by the copy engine.
+    if (item.phase == kGate) ptx::fence_global_proxy();
     ptx::named_barrier(kGroupBarrier + group, 128);
-    if (signals) {
+    if (item.dry != 0) {
+      if (item.phase == kDown) ptx::wait_for_prerequisites();
+    } else if (signals) {
       if (item.phase == kGate) {
         ptx::red_release_add(args.gated + item.token_tile, 1);
       } else if (args.sum_tiles > 0) {
-        ptx::red_release_add(args.summed + part, 1);
+        ptx::red_release_add(args.summed + item.weight_tile * Shape::kGroups + group, 1);
       }
     }
   }

@@ -5,6 +5,9 @@
 #include "experts/pipeline.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/warpgroup.cuh"
 
 namespace anabranch::experts {
 
@@ -13,52 +16,101 @@ __device__ __forceinline__ float silu_times(float gate, float up) {
   return gate * up * ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * gate));
 }
 
-// h = silu(gate) * up. A thread holds both for one column and two tokens, and trades with the thread of the next
-// column: each then stores one token's two columns.
-template <int kN>
-__device__ __forceinline__ void store_gated(const Args& args, const Item& item, const float (&sums)[kN / 2],
-                                            uint32_t first_column) {
+// Results go out by way of shared memory, where 32 tokens have rows of 128 bytes, 16-byte chunks exchanged by the row's
+// number: written 8 columns at a time, read as whole lines. Stored from the sums' registers they would reach memory in
+// pieces of 16 and 32 bytes, which took a sixth of the time of a large layer.
+__device__ __forceinline__ uint32_t out_address(uint32_t out, uint32_t token, uint32_t chunk) {
+  return out + token * 128 + (chunk ^ token % 8) * 16;
+}
+
+// Stores `chunks` chunks of 8 columns of up to 32 tokens, from first_token of the item on. `result` has rows of
+// `width`.
+__device__ __forceinline__ void store_out(const Item& item, uint32_t out, uint32_t first_token, uint32_t chunks,
+                                          uint16_t* result, uint32_t width, uint32_t first_column) {
   const uint32_t thread = threadIdx.x % 128;
-  const uint32_t lane = threadIdx.x % kWarpSize;
-  const bool odd = lane / 4 % 2 == 1;
-  const uint32_t column = first_column + thread / kWarpSize * 8 + lane / 8 * 2;
-  const bool inside = column < args.intermediate;
-  uint32_t token = lane % 4 * 2 + (odd ? 1 : 0);
-  uint16_t* h = args.h + uint64_t{item.first_row + token} * args.intermediate + column;
-  const uint64_t stride = uint64_t{8} * args.intermediate;
-  const uint32_t order = odd ? 0x3276 : 0x5410;
+  const uint32_t chunk = thread % 8;
+  const uint32_t column = first_column + chunk * kVector;
+  if (chunk >= chunks || column >= width) return;
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    const uint32_t own =
-        ptx::cvt_bf16x2(silu_times(sums[4 * j], sums[4 * j + 2]), silu_times(sums[4 * j + 1], sums[4 * j + 3]));
-    const uint32_t other = __shfl_xor_sync(kFullWarp, own, 4);
-    // Even: own low, other low. Odd: other high, own high.
-    const uint32_t pair = __byte_perm(own, other, order);
-    if (inside && token < item.rows) *reinterpret_cast<uint32_t*>(h) = pair;
-    token += 8;
-    h += stride;
+  for (uint32_t token = thread / 8; token < kOutTokens; token += 16) {
+    if (first_token + token >= item.rows) break;
+    const uint4 value = ptx::ld_shared_16(out_address(out, token, chunk));
+    // Not to be kept in the cache at the cost of weights and tokens.
+    __stcs(reinterpret_cast<uint4*>(result + uint64_t{item.first_row + first_token + token} * width + column), value);
   }
 }
 
-// y. A thread holds two columns that are neighbours in memory, for two tokens.
+// Hands kCount matrices of 8 columns by 8 tokens to shared memory. Lane l gives the address of token l % 8 of matrix
+// l / 8.
+template <int kCount>
+__device__ __forceinline__ void put(uint32_t address, const uint32_t* words) {
+  uint32_t r[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) r[i] = words[i];
+  ptx::stmatrix_trans(address, r);
+}
+
+// h = silu(gate) * up: of a block's 64 rows of weights, every warp has eight columns of h.
+template <int kN, uint32_t kHeight>
+__device__ __forceinline__ void store_gated(const Args& args, const Item& item, const float (&sums)[kHeight][kN / 2],
+                                            uint32_t first_column, uint32_t out, uint32_t barrier) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t warp = threadIdx.x % 128 / kWarpSize;
+#pragma unroll
+  for (int first = 0; first < kN / 8; first += 4) {
+    constexpr int kAll = kN / 8;
+    const int left = kAll - first;
+#pragma unroll
+    for (uint32_t block = 0; block < kHeight; ++block) {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int j = first; j < first + 4 && j < kAll; ++j) {
+        const float* d = sums[block] + 4 * j;
+        words[j - first] = ptx::cvt_bf16x2(silu_times(d[0], d[2]), silu_times(d[1], d[3]));
+      }
+      const uint32_t to = out_address(out, lane, block * 4 + warp);
+      if (left >= 4) {
+        put<4>(to, words);
+      } else if (left == 2) {
+        put<2>(to, words);
+      } else {
+        put<1>(to, words);
+      }
+    }
+    ptx::named_barrier(barrier, 128);
+    store_out(item, out, first * 8, kHeight * 4, args.h, args.intermediate, first_column);
+    ptx::named_barrier(barrier, 128);
+  }
+}
+
+// y: of a block's 64 columns, every warp has 16.
 template <int kN>
 __device__ __forceinline__ void store_down(const Args& args, const Item& item, const float (&sums)[kN / 2],
-                                           uint32_t first_column) {
-  const uint32_t thread = threadIdx.x % 128;
+                                           uint32_t first_column, uint32_t out, uint32_t barrier) {
   const uint32_t lane = threadIdx.x % kWarpSize;
-  const uint32_t column = first_column + thread / kWarpSize * 16 + lane / 4 * 2;
-  const bool inside = column < args.hidden;
-  uint32_t token = lane % 4 * 2;
-  uint16_t* y = args.y + uint64_t{item.first_row + token} * args.hidden + column;
-  const uint64_t stride = uint64_t{8} * args.hidden;
+  const uint32_t warp = threadIdx.x % 128 / kWarpSize;
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    const uint32_t even = ptx::cvt_bf16x2(sums[4 * j], sums[4 * j + 2]);
-    const uint32_t odd = ptx::cvt_bf16x2(sums[4 * j + 1], sums[4 * j + 3]);
-    if (inside && token < item.rows) *reinterpret_cast<uint32_t*>(y) = even;
-    if (inside && token + 1 < item.rows) *reinterpret_cast<uint32_t*>(y + args.hidden) = odd;
-    token += 8;
-    y += stride;
+  for (int first = 0; first < kN / 8; first += 4) {
+#pragma unroll
+    for (int j = first; j < first + 4 && j < kN / 8; j += 2) {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2 && j + i < kN / 8; ++i) {
+        const float* d = sums + 4 * (j + i);
+        words[2 * i] = ptx::cvt_bf16x2(d[0], d[1]);
+        words[2 * i + 1] = ptx::cvt_bf16x2(d[2], d[3]);
+      }
+      const uint32_t token = (j - first) * 8 + lane / 16 * 8 + lane % 8;
+      const uint32_t to = out_address(out, token, warp * 2 + lane / 8 % 2);
+      if (j + 1 < kN / 8) {
+        put<4>(to, words);
+      } else {
+        put<2>(to, words);
+      }
+    }
+    ptx::named_barrier(barrier, 128);
+    store_out(item, out, first * 8, 8, args.y, args.hidden, first_column);
+    ptx::named_barrier(barrier, 128);
   }
 }
 

@@ -7,16 +7,16 @@
 //   -> h [R, n], y [R, d], out [T, d] bf16. Sums in float32, in an order that depends on d and n alone.
 //
 // Reference: anabranch::reference::grouped_gemm, ::combine. Architecture: 9.0a (TMA, wgmma, setmaxnreg). Alignment: 16
-// bytes; d a multiple of 16, n of 8.
+// bytes; d and n multiples of 8.
 //
-// Weights are wgmma's M side, tokens its N side: 8 to 192 of them in steps of 16, so that an expert with few tokens
-// costs few products and one with up to 192 reads its weights once. A block stays on its multiprocessor and takes items
+// Weights are wgmma's M side, tokens its N side: 8 to 176 of them in steps of 16, so that an expert with few tokens
+// costs few products and one with up to 176 reads its weights once. A block stays on its multiprocessor and takes items
 // (schedule.cuh) from a common counter: first tiles of h, then tiles of y. One warp brings weights (TMA), three gather
-// tokens (cp.async; no permuted copy of x is made), one or two warpgroups multiply (consume.cuh). A tile of y waits, in
+// tokens (cp.async; no permuted copy of x is made), two warpgroups multiply (consume.cuh). A tile of y waits, in
 // its tokens only, until its tokens' h is complete: its weights are on their way before that, and memory does not rest
 // between the products.
 //
-// Bounds. FLOPs 6 R d n; bytes 6 d n an expert hit. A step of 256 x 192 x 64 is 6.3 MFLOP and 56 KiB from the
+// Bounds. FLOPs 6 R d n; bytes 6 d n an expert hit. A step of 256 x 176 x 64 is 6.3 MFLOP and 56 KiB from the
 // second-level cache: 1,536 clocks of wgmma on a multiprocessor, 37 bytes a clock.
 
 #include "common/launch.cuh"
@@ -59,32 +59,20 @@ __global__ void __launch_bounds__(128 * (Shape::kGroups + 1), 1) run_experts(con
     pipeline.init(args.stages);
     ptx::prefetch_tensor_map(&args.gate_up);
     ptx::prefetch_tensor_map(&args.down);
+    ptx::prefetch_tensor_map(&args.gated_map);
   }
-  uint32_t rank = 0;
-  if constexpr (Shape::kCluster > 1) {
-    rank = ptx::cluster_rank();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
+  __syncthreads();
   warm_cache(args);
-  ptx::wait_for_prerequisites();
-  const Schedule<Shape::kCluster> schedule(args, pipeline.words);
   if (threadIdx.x < 128) {
     ptx::register_dealloc<kProducerRegisters<Shape>>();
     if (threadIdx.x < kWarpSize) {
-      bring_weights<Shape>(args, schedule, pipeline, rank);
+      WeightLoader<Shape>(args, pipeline).run();
     } else {
-      gather_tokens<Shape>(args, pipeline);
+      bring_tokens<Shape>(args, pipeline);
     }
   } else {
     ptx::register_alloc<kConsumerRegisters<Shape>>();
-    consume<Shape>(args, schedule, pipeline);
-  }
-  if constexpr (Shape::kCluster > 1) {
-    // The other block may still write to this one's shared memory.
-    __syncwarp();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
+    consume<Shape>(args, pipeline);
   }
 }
 
@@ -103,21 +91,28 @@ AnabranchStatus encoder(Encode* encode) {
   return ANABRANCH_STATUS_OK;
 }
 
-// Weights [experts, rows, columns] as [experts, rows / 16, 2, 8, columns]: element i of the second dimension and j of
-// the third is row `inner` i + `outer` j of a group; groups are `group` rows apart.
-AnabranchStatus make_map(CUtensorMap* map, const void* weights, uint64_t experts, uint64_t rows, uint64_t columns,
-                         uint64_t inner, uint64_t outer, uint64_t group, uint32_t groups_of_box) {
+// A bf16 tensor of kRank dimensions, the innermost first, in boxes of 64 columns; strides in bytes, from the second
+// dimension on.
+template <uint32_t kRank>
+AnabranchStatus make_map(CUtensorMap* map, const void* data, const cuuint64_t (&sizes)[kRank],
+                         const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
   Encode encode = nullptr;
   ANABRANCH_TRY(encoder(&encode));
-  const uint64_t row = columns * 2;
-  const cuuint64_t sizes[] = {columns, 8, 2, rows / 16, experts};
-  const cuuint64_t strides[] = {inner * row, outer * row, group * row, rows * row};
-  const cuuint32_t box[] = {kDepth, 8, 2, groups_of_box, 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1, 1};
-  const CUresult made = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<void*>(weights), sizes, strides,
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const CUresult made = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides,
                                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_SETTING;
+}
+
+AnabranchStatus make_maps(Args& args, const void* gate_up, const void* down, uint32_t rows) {
+  const uint64_t experts = args.num_experts;
+  const uint64_t d = args.hidden;
+  const uint64_t n = args.intermediate;
+  ANABRANCH_TRY(make_map<5>(&args.gate_up, gate_up, {d, 8, 2, n / 8, experts}, {2 * d, 2 * d * n, 16 * d, 4 * d * n},
+                            {kDepth, 8, 2, rows / 16, 1}));
+  ANABRANCH_TRY(make_map<3>(&args.down, down, {n, d, experts}, {2 * n, 2 * n * d}, {kDepth, rows, 1}));
+  return make_map<2>(&args.gated_map, args.h, {n, args.num_rows}, {2 * n}, {kDepth, args.h_rows});
 }
 
 template <class Shape>
@@ -128,39 +123,32 @@ AnabranchStatus launch(const Config& config, Args& args, const void* gate_up, co
   args.down_tiles = (args.hidden - 1) / Shape::kRows + 1;
   const uint32_t sums = ((args.hidden - 1) / kBlockRows + 1) * ((args.num_tokens - 1) / kSumTokens + 1);
   args.sum_tiles = config.combines ? (sums - 1) / Shape::kGroups + 1 : 0;
-  const uint64_t n = args.intermediate;
-  ANABRANCH_TRY(make_map(&args.gate_up, gate_up, args.num_experts, 2 * n, args.hidden, 1, n, 8,
-                         Shape::kRows / 16 / Shape::kCluster));
-  ANABRANCH_TRY(
-      make_map(&args.down, down, args.num_experts, args.hidden, n, 2, 1, 16, Shape::kRows / 16 / Shape::kCluster));
-
+  args.h_rows = args.token_tile % 16 == 0 ? 16 : 8;
+  ANABRANCH_TRY(make_maps(args, gate_up, down, Shape::kRows));
   // A part of the second-level cache's 50 MB, and no more than there is.
   constexpr uint64_t kWarm = uint64_t{24} << 20;
   const uint64_t pairs = uint64_t{args.num_tokens} * args.topk;
   args.gate_up_weights = gate_up;
   args.warm_tokens = static_cast<uint32_t>(least(uint64_t{args.num_tokens} * args.hidden * 2, kWarm / 8));
   args.warm_weights = static_cast<uint32_t>(
-      pairs >= 2 * args.num_experts ? least(uint64_t{args.num_experts} * 2 * n * args.hidden * 2, kWarm) : 0);
+      pairs >= 2 * args.num_experts ? least(uint64_t{args.num_experts} * 4 * args.intermediate * args.hidden, kWarm)
+                                    : 0);
 
   int blocks = 0;
   ANABRANCH_TRY(checked(multiprocessors(&blocks)));
   const auto kernel = run_experts<Shape>;
   ANABRANCH_TRY(checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(config.shared_bytes))));
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = Shape::kCluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = static_cast<uint32_t>(blocks) / Shape::kCluster * Shape::kCluster;
+  launch.gridDim = static_cast<uint32_t>(blocks);
   launch.blockDim = 128 * (Shape::kGroups + 1);
   launch.dynamicSmemBytes = config.shared_bytes;
   launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = Shape::kCluster > 1 ? 2 : 1;
+  launch.attrs = &overlap;
+  launch.numAttrs = 1;
   return checked(cudaLaunchKernelEx(&launch, kernel, args));
 }
 
@@ -171,8 +159,6 @@ AnabranchStatus launch_sm90(const Config& config, Args args, const void* gate_up
   switch (config.tile) {
     case TileId::kFew:
       return launch<Few>(config, args, gate_up, down, stream);
-    case TileId::kSome:
-      return launch<Some>(config, args, gate_up, down, stream);
     case TileId::kMany:
       return launch<Many>(config, args, gate_up, down, stream);
   }

@@ -38,47 +38,44 @@ struct Pipeline {
   uint32_t panel_bytes;  // of tokens
   uint32_t stage_bytes;
   uint32_t stages;      // address of the first
+  uint32_t outs;        // [groups]: results on their way out
   uint32_t full;        // [stages]: weights and tokens are there
-  uint32_t empty;       // [stages]: every consumer warpgroup of the cluster is done
+  uint32_t empty;       // [stages]: every consumer warpgroup is done
   uint32_t item_full;   // [kQueue]
   uint32_t item_empty;  // [kQueue]
-  uint32_t mail_full;   // [kQueue]: the cluster's first block has sent a number
-  uint32_t mail_empty;  // [kQueue], in the first block: the other has read it
   Item* items;          // [kQueue]
-  uint32_t* mail;       // [kQueue]
   uint32_t* words;      // the schedule's
 
   __device__ __forceinline__ Pipeline(char* shared, const Args& args) {
     panel_bytes = args.token_tile * kRowBytes;
     stage_bytes = Shape::kPanels * (Shape::kPanelBytes + panel_bytes);
     stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    const uint32_t behind = args.stages * stage_bytes;
-    items = reinterpret_cast<Item*>(shared + behind);
-    mail = reinterpret_cast<uint32_t*>(items + kQueue);
-    item_full = stages + behind + kQueue * sizeof(Item) + 16;
+    uint32_t used = args.stages * stage_bytes;
+    outs = stages + used;
+    used += Shape::kGroups * kOutBytes;
+    items = reinterpret_cast<Item*>(shared + used);
+    used += kQueue * sizeof(Item);
+    item_full = stages + used;
     item_empty = item_full + 8 * kQueue;
-    mail_full = item_empty + 8 * kQueue;
-    mail_empty = mail_full + 8 * kQueue;
-    full = mail_empty + 8 * kQueue;
+    full = item_empty + 8 * kQueue;
     empty = full + 8 * args.stages;
-    words = mail + 4 + 2 * (4 * kQueue + 2 * args.stages);
+    used += 8 * (2 * kQueue + 2 * args.stages);
+    words = reinterpret_cast<uint32_t*>(shared + used);
   }
 
   // One thread calls, before anybody waits.
   __device__ __forceinline__ void init(uint32_t num_stages) const {
     for (uint32_t i = 0; i < num_stages; ++i) {
       ptx::mbarrier_init(full + 8 * i, 1 + kGatherWarps);
-      ptx::mbarrier_init(empty + 8 * i, Shape::kGroups * Shape::kCluster);
+      ptx::mbarrier_init(empty + 8 * i, Shape::kGroups);
     }
     for (uint32_t i = 0; i < kQueue; ++i) {
       ptx::mbarrier_init(item_full + 8 * i, 1);
       ptx::mbarrier_init(item_empty + 8 * i, kGatherWarps + Shape::kGroups);
-      ptx::mbarrier_init(mail_full + 8 * i, 1);
-      ptx::mbarrier_init(mail_empty + 8 * i, 1);
     }
     ptx::fence_mbarrier_init();
   }
 };
-static_assert(sizeof(Item) == 32 && kQueue <= 4);
+static_assert(sizeof(Item) == 32);
 
 }  // namespace anabranch::experts

@@ -3,9 +3,8 @@
 //
 // Items are tiles of the first product, then tiles of the second, each expert by expert; within an expert by bands of
 // up to 16 tiles of tokens, within a band weights tile by weights tile. Blocks that run at once so share weights, and a
-// band's tokens, in the second-level cache. A cluster takes an item together, each block with tokens of its own. An
-// expert's tokens are spread evenly over as few tiles as hold them. Last come, where they are asked for, items that sum
-// up columns of the result.
+// band's tokens, in the second-level cache. An expert's tokens are spread evenly over as few tiles as hold
+// them. Last come, where they are asked for, items that sum up columns of the result.
 #pragma once
 
 #include "common/warp.cuh"
@@ -26,40 +25,40 @@ struct alignas(16) Item {
   uint32_t first_row;    // in permuted order
   uint32_t rows;         // 0 to token_tile
   uint32_t weight_tile;  // of the product's rows of weights
-  uint32_t token_tile;   // of all
+  uint32_t token_tile;   // of all; with kSum how many tiles there are
+  uint32_t dry;          // not 0: nothing is stored or signalled, the code only runs
 };
 
-template <uint32_t kCluster>
 class Schedule {
  public:
-  // `words`: 2 (experts + 1) of shared memory. All threads of the block call.
+  // `words`: 2 (experts + 1) of shared memory. One whole warp calls this and everything else.
   __device__ __forceinline__ Schedule(const Args& args, uint32_t* words)
-      : args_(args), offsets_(words), first_tile_(words + args.num_experts + 1) {
-    for (uint32_t expert = threadIdx.x; expert <= args.num_experts; expert += blockDim.x) {
+      : args_(args), offsets_(words), first_tile_(words + args.num_experts + 1), tiles_(0) {}
+
+  // Reads the offsets.
+  __device__ __forceinline__ void read() {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+#pragma unroll 4
+    for (uint32_t expert = lane; expert <= args_.num_experts; expert += kWarpSize) {
       // Offsets past the end would be written through: they are not believed.
-      offsets_[expert] = min(args.offsets[expert], args.num_rows);
+      offsets_[expert] = min(args_.offsets[expert], args_.num_rows);
     }
-    __syncthreads();
-    if (threadIdx.x < kWarpSize) {
-      uint32_t sum = 0;
-      for (uint32_t base = 0; base < args.num_experts; base += kWarpSize) {
-        const uint32_t expert = base + threadIdx.x;
-        const uint32_t tiles = expert < args.num_experts ? tiles_of(expert) : 0;
-        const uint32_t inclusive = warp_inclusive_sum(tiles, threadIdx.x);
-        if (expert < args.num_experts) first_tile_[expert] = sum + inclusive - tiles;
-        sum += __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
-      }
-      if (threadIdx.x == 0) first_tile_[args.num_experts] = sum;
+    __syncwarp();
+    uint32_t sum = 0;
+    for (uint32_t base = 0; base < args_.num_experts; base += kWarpSize) {
+      const uint32_t expert = base + lane;
+      const uint32_t tiles = expert < args_.num_experts ? tiles_of(expert) : 0;
+      const uint32_t inclusive = warp_inclusive_sum(tiles, lane);
+      if (expert < args_.num_experts) first_tile_[expert] = sum + inclusive - tiles;
+      sum += __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
     }
-    __syncthreads();
-    tiles_ = first_tile_[args.num_experts];
+    if (lane == 0) first_tile_[args_.num_experts] = sum;
+    __syncwarp();
+    tiles_ = sum;
   }
 
-  // Tiles of tokens.
-  __device__ __forceinline__ uint32_t tiles() const { return tiles_ * kCluster; }
-
-  // A whole warp calls, with the same number in every lane; `rank` is the block's in its cluster.
-  __device__ __forceinline__ Item at(uint32_t number, uint32_t rank) const {
+  // The same number in every lane.
+  __device__ __forceinline__ Item at(uint32_t number) const {
     Item item = {};
     uint32_t weight_tiles = args_.gate_tiles;
     if (number >= tiles_ * weight_tiles) {
@@ -70,6 +69,7 @@ class Schedule {
     if (number >= tiles_ * weight_tiles) {
       item.weight_tile = number - tiles_ * weight_tiles;
       item.phase = item.weight_tile < args_.sum_tiles ? kSum : kNoItem;
+      item.token_tile = tiles_;
       return item;
     }
     item.expert = expert_of(number / weight_tiles);
@@ -80,11 +80,11 @@ class Schedule {
     const uint32_t within = local - band * kBand * weight_tiles;
     const uint32_t height = min(kBand, tiles - band * kBand);
     item.weight_tile = within / height;
-    const uint32_t tile = (band * kBand + within - item.weight_tile * height) * kCluster + rank;
-    item.token_tile = first * kCluster + tile;
+    const uint32_t tile = band * kBand + within - item.weight_tile * height;
+    item.token_tile = first + tile;
     const uint32_t begin = offsets_[item.expert];
     const uint32_t count = offsets_[item.expert + 1] - begin;
-    const uint32_t even = (count + tiles * kCluster - 1) / (tiles * kCluster);
+    const uint32_t even = (count + tiles - 1) / tiles;
     const uint32_t size = min(args_.token_tile, (even + 15) / 16 * 16);
     item.first_row = begin + tile * size;
     item.rows = min(size, count - min(count, tile * size));
@@ -95,7 +95,7 @@ class Schedule {
   __device__ __forceinline__ uint32_t tiles_of(uint32_t expert) const {
     const uint32_t begin = offsets_[expert];
     const uint32_t end = offsets_[expert + 1];
-    return end > begin ? (end - begin - 1) / (args_.token_tile * kCluster) + 1 : 0;
+    return end > begin ? (end - begin - 1) / args_.token_tile + 1 : 0;
   }
 
   // The expert that has a tile of tokens: of the experts' ends, those at or before it are counted, first every share-th
@@ -113,7 +113,7 @@ class Schedule {
 
   const Args& args_;
   uint32_t* offsets_;
-  uint32_t* first_tile_;  // a cluster's tiles count as one
+  uint32_t* first_tile_;
   uint32_t tiles_;
 };
 

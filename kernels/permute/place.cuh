@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/warp.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::permute {
 
@@ -151,6 +152,7 @@ __device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
 
 static __global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args args) {
   extern __shared__ uint32_t shared[];
+  ptx::launch_dependents();
   place_rows(args, shared);
 }
 

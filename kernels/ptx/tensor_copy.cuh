@@ -21,14 +21,23 @@ __device__ __forceinline__ void tensor_copy_5d(uint32_t shared, const CUtensorMa
       : "memory");
 }
 
-// The same to every block of the cluster whose bit is in `blocks`, at the same place of its shared memory.
-__device__ __forceinline__ void tensor_multicast_5d(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
-                                                    uint16_t blocks, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
-                                                    uint32_t c4) {
+// The same of three dimensions.
+__device__ __forceinline__ void tensor_copy_3d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint32_t c0,
+                                               uint32_t c1, uint32_t c2) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(shared),
-      "l"(map), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+// And of two.
+__device__ __forceinline__ void tensor_copy_2d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint32_t c0,
+                                               uint32_t c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(shared),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
       : "memory");
 }
 

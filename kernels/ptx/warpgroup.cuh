@@ -23,8 +23,13 @@ __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t threads) {
 }
 
 // Shared memory that threads wrote, and this thread has seen, is seen by wgmma and the copy engine.
-__device__ __forceinline__ void fence_proxy_async() {
+__device__ __forceinline__ void fence_shared_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same of global memory.
+__device__ __forceinline__ void fence_global_proxy() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 }  // namespace anabranch::ptx
