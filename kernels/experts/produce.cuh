@@ -121,6 +121,8 @@ class TokenLoader {
     for (uint32_t step = 0; step < steps; ++step) {
       if (turn_ == 0) {
         wait(pipeline_.empty + 8 * stage_.index, stage_.parity ^ 1);
+        // A lane that fell behind by a turn of the ring would take the barrier's phase for the one before.
+        __syncwarp();
         load(step, pipeline_.full + 8 * stage_.index,
              pipeline_.stages + stage_.index * pipeline_.stage_bytes + Shape::kPanels * Shape::kPanelBytes);
       }
