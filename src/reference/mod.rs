@@ -33,5 +33,5 @@ pub use random::{checksum, random};
 pub use real::Real;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rotate};
-pub use router::{RouterOutput, router, scores};
+pub use router::{RouterOutput, router, scores, topk_weights};
 pub use sampling::{Candidate, candidates, sample};
