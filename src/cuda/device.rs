@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, DriverError, sys::{CUmemPool_attribute, cuDriverGetVersion}};
+use cudarc::driver::{
+    CudaContext, DriverError,
+    sys::{CUmemPool_attribute, cuDriverGetVersion},
+};
 
 use super::{Stream, launch::driver, sys::anabranch_runtime_version};
 use crate::{Error, Result};
@@ -171,7 +174,8 @@ mod tests {
         assert!(check_driver(13_000, 13_000).is_ok() && check_driver(13_000, 13_010).is_ok());
         assert!(check_driver(14_000, 13_010).is_ok());
         let text = check_driver(12_080, 13_000).unwrap_err().to_string();
-        let expected = "no usable CUDA GPU: the driver is for CUDA 12.8, but 13.0 or newer is needed: update the driver";
+        let expected =
+            "no usable CUDA GPU: the driver is for CUDA 12.8, but 13.0 or newer is needed: update the driver";
         assert_eq!(text, expected);
     }
 

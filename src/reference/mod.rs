@@ -29,7 +29,7 @@ pub use linear::{Linear, View, linear, matmul};
 pub use matrix::{BlockScales, Matrix};
 pub use moe_layer::{MoeLayer, MoeOutput, SharedExpert};
 pub use permute::Permutation;
-pub use random::{checksum, random};
+pub use random::{checksum, random, random_from};
 pub use real::Real;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rotate};

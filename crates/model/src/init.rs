@@ -3,6 +3,8 @@
 mod tokenizer;
 mod values;
 
+pub(crate) use values::Values;
+
 use std::{
     ffi::OsString,
     fs,

@@ -115,7 +115,7 @@ impl InputIds {
 /// What one sequence gave.
 struct Pass<B: Backend> {
     /// After the final norm, where the logits come from.
-    last: B::Tensor,
+    last: B::Hidden,
     seen: Capture,
 }
 
@@ -194,7 +194,7 @@ fn layout(name: String, dtype: Dtype, shape: Vec<usize>) -> TensorLayout<'static
 
 fn write_logits<B: Backend>(
     model: &Model<B>,
-    last: &B::Tensor,
+    last: &B::Hidden,
     length: usize,
     file: &mut TensorWriter<'_>,
 ) -> Result<(), Error> {
