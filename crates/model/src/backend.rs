@@ -39,10 +39,10 @@ pub struct TopkIds {
 pub struct Routed<'a> {
     /// The experts to take instead of the router's choice, `[T, K]`; they get the weights that the router's scores give them.
     pub given: Option<&'a TopkIds>,
-    /// Whether to say which experts were taken: on a device that costs a wait.
+    /// Whether to say which experts were taken, and by what: on a device that costs a wait.
     pub wanted: bool,
-    /// The experts that were taken, if wanted; nothing where the layer has none.
-    pub taken: Option<TopkIds>,
+    /// If wanted and the layer has experts: those that were taken, and the router's logits `[T, E]`.
+    pub taken: Option<(TopkIds, Vec<f32>)>,
 }
 
 /// Refuses a row that hidden states do not have.

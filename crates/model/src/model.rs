@@ -17,8 +17,12 @@ pub trait Observer {
     /// Hidden states `[tokens, d]`: the embedding at 0, then the residual stream after each block; the last one, at the number of
     /// blocks, after the final norm (as Transformers gives them).
     fn hidden(&mut self, index: usize, values: Vec<f32>);
-    /// The experts that layer `layer`'s router chose.
+    /// The experts that layer `layer`'s router chose, or that were given for it.
     fn topk(&mut self, layer: usize, ids: TopkIds);
+    /// The logits `[tokens, E]` that the router of layer `layer` chose by. Who does not care leaves it out.
+    fn router_logits(&mut self, layer: usize, logits: Vec<f32>) {
+        let _ = (layer, logits);
+    }
 }
 
 /// A loaded model.
@@ -171,8 +175,9 @@ impl<B: Backend> Model<B> {
             backend.attention(config, &block.attention_norm, &block.attention, layer, cache)?;
             let mut routed = Routed { given: routing.get(&layer), wanted: observer.is_some(), taken: None };
             backend.feed_forward(config, &block.feed_forward_norm, &block.feed_forward, &mut routed, cache)?;
-            if let (Some(observer), Some(ids)) = (observer.as_deref_mut(), routed.taken) {
+            if let (Some(observer), Some((ids, logits))) = (observer.as_deref_mut(), routed.taken) {
                 observer.topk(layer, ids);
+                observer.router_logits(layer, logits);
             }
         }
         Ok(())

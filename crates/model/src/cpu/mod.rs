@@ -183,7 +183,7 @@ fn moe(layer: &MoeLayer<'_>, x: &CpuTensor, routed: &mut Routed<'_>) -> Result<V
     }
     let y = layer.forward_routed(&x.values, &routing)?;
     if routed.wanted {
-        routed.taken = Some(TopkIds { ids: routing.topk_ids, topk: rule.topk() });
+        routed.taken = Some((TopkIds { ids: routing.topk_ids, topk: rule.topk() }, logits));
     }
     Ok(y)
 }

@@ -88,8 +88,9 @@ impl Backend for Cuda {
         let needed = u64::try_from(2 * parameters).unwrap_or(u64::MAX);
         let free = self.gpu.free()?;
         if needed > free {
-            let advice = format!("{:.1} billion parameters would fit in bf16", free as f64 / 2e9);
-            return Err(Error::GpuMemory { what: "the model's weights".to_owned(), needed, free, advice });
+            let what = format!("a model of {:.1} billion parameters", parameters as f64 / 1e9);
+            let advice = format!("{:.1} billion would fit in bf16", free as f64 / 2e9);
+            return Err(Error::GpuMemory { what, needed, free, advice });
         }
         Ok(())
     }
@@ -130,6 +131,9 @@ impl Backend for Cuda {
         layer: usize,
         cache: &mut CudaCache,
     ) -> Result<()> {
+        if cache.batch.tokens == 0 {
+            return Ok(());
+        }
         cache.work.norm(&self.gpu, norm, cache.batch.tokens)?;
         weights.run(&self.gpu, layer, cache)?;
         cache.work.added();
@@ -144,6 +148,9 @@ impl Backend for Cuda {
         routing: &mut Routed<'_>,
         cache: &mut CudaCache,
     ) -> Result<()> {
+        if cache.batch.tokens == 0 {
+            return Ok(());
+        }
         cache.work.norm(&self.gpu, norm, cache.batch.tokens)?;
         weights.run(&self.gpu, routing, cache)?;
         cache.work.added();

@@ -247,10 +247,12 @@ impl Moe {
             }
         }
         if routed.wanted {
-            routed.taken = match (routed.given, taken) {
+            let ids = match (routed.given, taken) {
                 (None, Some((ids, _))) => Some(TopkIds { ids: stream.download(&ids.view())?, topk }),
                 (given, _) => given.cloned(),
             };
+            let logits = stream.download(&scores.part(0, [tokens, experts])?)?;
+            routed.taken = ids.map(|ids| (ids, logits));
         }
         Ok(())
     }
