@@ -30,7 +30,7 @@ pub(super) struct Launch<'a> {
 impl<'a> Launch<'a> {
     /// Makes the stream's context current on this thread, as every launcher needs.
     pub(super) fn begin(operation: &'static str, stream: &'a Stream) -> Result<Self> {
-        Self::bind(operation, stream.device())?;
+        stream.device().context().bind_to_thread().map_err(|error| stream.driver(operation, error))?;
         Ok(Self { operation, stream })
     }
 

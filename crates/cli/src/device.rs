@@ -39,7 +39,7 @@ pub(crate) enum Precision {
 
 /// Where to run, as every command that runs a model asks.
 #[derive(clap::Args)]
-pub(crate) struct Arguments {
+pub(crate) struct Where {
     /// Where to run: auto (a GPU if there is one), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: Device,
@@ -113,7 +113,7 @@ impl Place for anabranch_model::Cuda {
     }
 }
 
-impl Arguments {
+impl Where {
     /// Runs a task where it is to run.
     pub(crate) fn run(&self, task: impl Task) -> Result<(), Failure> {
         match (self.device, self.dtype) {

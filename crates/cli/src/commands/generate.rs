@@ -1,7 +1,7 @@
 //! `anabranch generate`: text from a checkpoint, as it comes.
 
 use crate::{
-    device::{self, Place, Task},
+    device::{Place, Task, Where},
     failure::Failure,
     interrupt,
     memory::{self, Demand},
@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     chat: bool,
     #[command(flatten)]
-    place: device::Arguments,
+    place: Where,
     /// Most tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = super::at_least_one)]
     max_new_tokens: usize,

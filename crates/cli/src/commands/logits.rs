@@ -1,7 +1,7 @@
 //! `anabranch logits`: the numbers behind the text, to compare another implementation with.
 
 use crate::{
-    device::{self, Place, Task},
+    device::{Place, Task, Where},
     failure::Failure,
     interrupt,
     memory::{self, Demand},
@@ -38,7 +38,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     #[command(flatten)]
-    place: device::Arguments,
+    place: Where,
     /// Also write the hidden states of every layer and the experts that each router chose
     #[arg(long)]
     hidden: bool,
