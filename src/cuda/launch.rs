@@ -82,7 +82,7 @@ impl<'a> Launch<'a> {
     /// Tells whether the launcher launched.
     pub(super) fn end(self, status: sys::AnabranchStatus) -> Result<()> {
         let cuda = sys::AnabranchStatus::ANABRANCH_STATUS_CUDA.0;
-        if status.0 > cuda && is_from_a_kernel((status.0 - cuda) as u32) {
+        if status.0 > cuda && is_from_a_kernel(status.0 - cuda) {
             return Err(self.stream.earlier(self.operation, status_text(status)));
         }
         launched(self.operation, status)?;

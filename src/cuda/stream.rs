@@ -17,15 +17,10 @@ use crate::{Error, Result, error::check_len};
 #[derive(Debug, Clone)]
 pub struct Stream {
     device: Device,
-    stream: Arc<CudaStream>,
-    launched: Arc<Mutex<Launched>>,
-}
-
-/// Operations launched since the stream was last waited for, newest last. An error that a kernel meets while it runs
-/// comes up in whatever call asks the driver next, so these are the ones that may have met it.
-#[derive(Debug, Default)]
-struct Launched {
-    operations: VecDeque<&'static str>,
+    queue: Arc<CudaStream>,
+    /// Operations launched since the stream was last waited for, newest last. An error that a kernel meets while it runs
+    /// comes up in whatever call asks the driver next, so these are the ones that may have met it.
+    recent: Arc<Mutex<VecDeque<&'static str>>>,
 }
 
 /// Launches that are remembered: those of a few layers.
@@ -33,7 +28,7 @@ const REMEMBERED: usize = 64;
 
 impl Stream {
     pub(super) fn on(device: Device, stream: Arc<CudaStream>) -> Self {
-        Self { device, stream, launched: Arc::default() }
+        Self { device, queue: stream, recent: Arc::default() }
     }
 
     /// Takes a stream that the caller made. Operations on it can be captured if cudarc's event tracking is off in its
@@ -52,7 +47,7 @@ impl Stream {
 
     /// The stream, for cudarc.
     pub fn cudarc(&self) -> &Arc<CudaStream> {
-        &self.stream
+        &self.queue
     }
 
     /// Waits until everything on the stream is done. Reports what went wrong on the way.
@@ -61,18 +56,18 @@ impl Stream {
     /// [`Error::Earlier`](crate::Error::Earlier) if a launch failed while it ran, [`Error::Driver`](crate::Error::Driver)
     /// for anything else; the context is then mostly unusable.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|error| self.driver("synchronize", error))?;
-        self.launched().operations.clear();
+        self.queue.synchronize().map_err(|error| self.driver("synchronize", error))?;
+        self.recent().clear();
         Ok(())
     }
 
     /// Remembers that an operation was launched.
     pub(super) fn note(&self, operation: &'static str) {
-        let mut launched = self.launched();
-        if launched.operations.len() == REMEMBERED {
-            launched.operations.pop_front();
+        let mut recent = self.recent();
+        if recent.len() == REMEMBERED {
+            recent.pop_front();
         }
-        launched.operations.push_back(operation);
+        recent.push_back(operation);
     }
 
     /// An error of the driver that came up in `operation`: its own, or an earlier launch's.
@@ -84,7 +79,7 @@ impl Stream {
     pub(super) fn earlier(&self, operation: &'static str, reason: String) -> Error {
         let mut launched: Vec<&'static str> = Vec::new();
         // The newest first, each once: a model's layers launch the same ones over and over.
-        for name in self.launched().operations.iter().rev() {
+        for name in self.recent().iter().rev() {
             if !launched.contains(name) {
                 launched.push(name);
             }
@@ -92,9 +87,9 @@ impl Stream {
         Error::Earlier { operation, launched, reason }
     }
 
-    fn launched(&self) -> MutexGuard<'_, Launched> {
+    fn recent(&self) -> MutexGuard<'_, VecDeque<&'static str>> {
         // A list of names is whole whatever happened to the thread that held it.
-        self.launched.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// New memory full of zeros.
@@ -104,7 +99,7 @@ impl Stream {
     pub fn zeros<T: Element>(&self, shape: impl Into<Shape>) -> Result<Tensor<T>> {
         let shape = shape.into();
         let mut slice = self.alloc(shape.len())?;
-        self.stream.memset_zeros(&mut slice).map_err(|error| self.driver("zeros", error))?;
+        self.queue.memset_zeros(&mut slice).map_err(|error| self.driver("zeros", error))?;
         Ok(Tensor::from_parts(slice, shape))
     }
 
@@ -117,7 +112,7 @@ impl Stream {
         check_len("upload", "host", host.len(), shape.len())?;
         let mut slice = self.alloc(shape.len())?;
         if !host.is_empty() {
-            self.stream.memcpy_htod(host, &mut slice).map_err(|error| self.driver("upload", error))?;
+            self.queue.memcpy_htod(host, &mut slice).map_err(|error| self.driver("upload", error))?;
         }
         Ok(Tensor::from_parts(slice, shape))
     }
@@ -132,7 +127,7 @@ impl Stream {
         if host.is_empty() {
             return Ok(());
         }
-        self.stream.memcpy_htod(host, out.cudarc()).map_err(|error| self.driver("upload", error))
+        self.queue.memcpy_htod(host, out.cudarc()).map_err(|error| self.driver("upload", error))
     }
 
     /// Copies to the host, and waits for it.
@@ -142,7 +137,7 @@ impl Stream {
     pub fn download<T: Element>(&self, tensor: &View<'_, T>) -> Result<Vec<T>> {
         let mut host = vec![T::default(); tensor.shape().len()];
         if !host.is_empty() {
-            let copied = self.stream.memcpy_dtoh(tensor.cudarc(), &mut host);
+            let copied = self.queue.memcpy_dtoh(tensor.cudarc(), &mut host);
             copied.map_err(|error| self.driver("download", error))?;
         }
         self.synchronize()?;
@@ -154,7 +149,7 @@ impl Stream {
     pub(super) fn alloc<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         let len = len.max(1);
         // SAFETY: elements are plain numbers, for which any bits are a value; no host code reads them before a copy.
-        let slice = unsafe { self.stream.alloc(len) };
+        let slice = unsafe { self.queue.alloc(len) };
         slice.map_err(|error| out_of_memory(self, len.saturating_mul(size_of::<T>()), error))
     }
 }

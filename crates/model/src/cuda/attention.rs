@@ -35,8 +35,8 @@ pub struct CudaAttention {
 
 #[derive(Debug)]
 enum Kind {
-    Grouped(Grouped),
-    Latent(Latent),
+    Grouped(Box<Grouped>),
+    Latent(Box<Latent>),
 }
 
 #[derive(Debug)]
@@ -145,11 +145,11 @@ impl CudaAttention {
         let (kind, o, heads) = match weights {
             AttentionWeights::Grouped { o, .. } => {
                 let (grouped, heads) = Grouped::load(gpu, config, weights, d)?;
-                (Kind::Grouped(grouped), o, heads)
+                (Kind::Grouped(Box::new(grouped)), o, heads)
             }
             AttentionWeights::Latent { o, .. } => {
                 let (latent, heads) = Latent::load(gpu, config, weights, d)?;
-                (Kind::Latent(latent), o, heads)
+                (Kind::Latent(Box::new(latent)), o, heads)
             }
         };
         Ok(Self { kind, output: Dense::load(gpu, o, d, heads)? })
@@ -319,17 +319,14 @@ impl Latent {
         // Each step reads what is in c and writes b; then they change names.
         let Workspace { normed, a, b, c, bytes, .. } = work;
 
-        match &self.q_a {
-            Some((down, norm)) => {
-                let (shape, rank) = ([tokens, down.out()], HeadRange { column: 0, num_heads: 1, head_dim: down.out() });
-                down.run(stream, normed.part(0, [tokens, down.inner()])?, &mut a.part_mut(0, shape)?)?;
-                norm.run_heads(stream, &mut a.part_mut(0, shape)?, rank)?;
-                self.q.run(stream, a.part(0, shape)?, &mut c.part_mut(0, [tokens, self.q.out()])?)?;
-            }
-            None => {
-                let x = normed.part(0, [tokens, self.q.inner()])?;
-                self.q.run(stream, x, &mut c.part_mut(0, [tokens, self.q.out()])?)?;
-            }
+        let queries = [tokens, self.q.out()];
+        if let Some((down, norm)) = &self.q_a {
+            let (shape, rank) = ([tokens, down.out()], HeadRange { column: 0, num_heads: 1, head_dim: down.out() });
+            down.run(stream, normed.part(0, [tokens, down.inner()])?, &mut a.part_mut(0, shape)?)?;
+            norm.run_heads(stream, &mut a.part_mut(0, shape)?, rank)?;
+            self.q.run(stream, a.part(0, shape)?, &mut c.part_mut(0, queries)?)?;
+        } else {
+            self.q.run(stream, normed.part(0, [tokens, self.q.inner()])?, &mut c.part_mut(0, queries)?)?;
         }
         let cached = [tokens, key_dim];
         self.kv_a.run(stream, normed.part(0, [tokens, self.kv_a.inner()])?, &mut a.part_mut(0, cached)?)?;

@@ -29,7 +29,7 @@ pub struct CudaFeedForward(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    Dense(SwiGlu),
+    Dense(Box<SwiGlu>),
     Moe(Box<Moe>),
 }
 
@@ -101,7 +101,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
 impl CudaFeedForward {
     pub(super) fn load(gpu: &Gpu, config: &Config, weights: &FeedForwardWeights) -> Result<Self> {
         let kind = match weights {
-            FeedForwardWeights::Dense(weights) => Kind::Dense(SwiGlu::load(gpu, config, weights)?),
+            FeedForwardWeights::Dense(weights) => Kind::Dense(Box::new(SwiGlu::load(gpu, config, weights)?)),
             FeedForwardWeights::Moe { gate, selection_bias, experts, shared } => {
                 let bias = selection_bias.as_deref();
                 Kind::Moe(Box::new(Moe::load(gpu, config, gate, bias, experts, shared.as_ref())?))
