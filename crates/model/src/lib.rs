@@ -22,6 +22,8 @@
 //! generate(&mut Session::new(&model)?, &tokenizer, &prompts, &options, &|| false, &mut print)?;
 //! # Ok::<(), anabranch_model::Error>(())
 //! ```
+//!
+//! With the feature `cuda`, `Cuda::open(0)?` in the place of `Cpu` runs the same on a GPU.
 
 pub mod analysis;
 mod backend;

@@ -2,7 +2,7 @@
 
 use anabranch_model::{Batch, Cpu, GivenRouting, Model, Segment, TopkIds};
 
-use crate::support::{Expected, GOLDEN, assert_close, halves, load, logits, on_gpu};
+use crate::support::{Expected, assert_close, golden, halves, load, logits, on_gpu};
 
 /// Of the logits of a whole prompt, relative to float32.
 const LOGITS: f64 = 4e-2;
@@ -16,7 +16,7 @@ fn bound(name: &str) -> f64 {
 #[ignore = "needs a CUDA GPU"]
 fn logits_with_the_golden_routing() {
     on_gpu(|gpu| {
-        for name in GOLDEN {
+        for name in &golden() {
             let (model, expected) = (load(name, gpu()), Expected::open(name));
             let ids = expected.tokens("input_ids");
             let routing = expected.routing(model.config());
@@ -30,7 +30,7 @@ fn logits_with_the_golden_routing() {
 #[ignore = "needs a CUDA GPU"]
 fn the_same_call_gives_the_same_bits() {
     on_gpu(|gpu| {
-        for name in GOLDEN {
+        for name in &golden() {
             let (model, expected) = (load(name, gpu()), Expected::open(name));
             let ids = expected.tokens("input_ids");
             let run = || logits(&model, &ids, &halves(&ids), None, &GivenRouting::new());
@@ -46,7 +46,7 @@ fn the_same_call_gives_the_same_bits() {
 fn greedy_tokens_under_teacher_forcing() {
     on_gpu(|gpu| {
         let (mut clear, mut all) = (0, 0);
-        for name in GOLDEN {
+        for name in &golden() {
             let (model, reference, expected) = (load(name, gpu()), load(name, Cpu), Expected::open(name));
             let ids = expected.tokens("greedy");
             let segments = [Segment { sequence: 0, position: 0, len: ids.len() }];
@@ -78,7 +78,7 @@ fn best_two(logits: &[f32]) -> [usize; 2] {
 #[ignore = "needs a CUDA GPU"]
 fn decoding_agrees_with_one_pass() {
     on_gpu(|gpu| {
-        for name in GOLDEN {
+        for name in &golden() {
             let (model, expected) = (load(name, gpu()), Expected::open(name));
             let ids = expected.tokens("input_ids");
             let routing = expected.routing(model.config());
@@ -131,7 +131,7 @@ fn in_pieces<B: anabranch_model::Backend>(
 fn a_session_gives_the_models_logits() {
     use anabranch_model::{Forward, Session};
     on_gpu(|gpu| {
-        for name in GOLDEN {
+        for name in &golden() {
             let (model, expected) = (load(name, gpu()), Expected::open(name));
             let ids = expected.tokens("input_ids");
             let segments = halves(&ids);

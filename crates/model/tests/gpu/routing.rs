@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anabranch::{Routing, reference::router};
 use anabranch_model::{Checkpoint, Config, Cpu, GivenRouting, Observer, TopkIds};
 
-use crate::support::{Expected, GOLDEN, folder, halves, load, logits, on_gpu};
+use crate::support::{Expected, folder, golden, halves, load, logits, on_gpu};
 
 /// How far rounding moves a router's logit, of the largest of the token: four units in the last place of bf16.
 const ROUNDING: f32 = 1.0 / 64.0;
@@ -35,35 +35,35 @@ impl Observer for Routers {
 fn flips_hang_on_rounding() {
     on_gpu(|gpu| {
         let (mut flips, mut all) = (0, 0);
-        for name in GOLDEN {
+        for name in &golden() {
             let (model, reference, expected) = (load(name, gpu()), load(name, Cpu), Expected::open(name));
             let config = model.config();
             let Some(moe) = &config.moe else { continue };
             let routing = &moe.routing;
             let (topk, experts) = (routing.topk(), routing.num_experts());
             let ids = expected.tokens("input_ids");
-            let golden = expected.routing(config);
+            let right = expected.routing(config);
             let mut float = Routers::default();
-            logits(&reference, &ids, &halves(&ids), Some(&mut float), &golden);
+            logits(&reference, &ids, &halves(&ids), Some(&mut float), &right);
             for (layer, float) in &float.logits {
                 let others: GivenRouting =
-                    golden.iter().filter(|(other, _)| *other != layer).map(|(l, ids)| (*l, ids.clone())).collect();
+                    right.iter().filter(|(other, _)| *other != layer).map(|(l, ids)| (*l, ids.clone())).collect();
                 let mut seen = Routers::default();
                 logits(&model, &ids, &halves(&ids), Some(&mut seen), &others);
                 let (_, taken) = seen.ids.iter().find(|(other, _)| other == layer).unwrap();
                 let bias = selection_bias(name, config, *layer);
                 let tokens = float.chunks_exact(experts).zip(taken.chunks_exact(topk));
                 for (token, (logits, taken)) in tokens.enumerate() {
-                    let right: BTreeSet<i32> =
-                        golden[layer].ids[token * topk..(token + 1) * topk].iter().copied().collect();
-                    let wrong: Vec<i32> = taken.iter().copied().filter(|id| !right.contains(id)).collect();
+                    let expected: BTreeSet<i32> =
+                        right[layer].ids[token * topk..(token + 1) * topk].iter().copied().collect();
+                    let wrong: Vec<i32> = taken.iter().copied().filter(|id| !expected.contains(id)).collect();
                     all += 1;
                     flips += usize::from(!wrong.is_empty());
                     for expert in wrong {
                         assert!(
                             could_be_taken(routing, logits, bias.as_deref(), expert),
                             "{name}: layer {layer} took expert {expert} for token {token}, by logits {logits:?} \
-                             instead of {right:?}"
+                             instead of {expected:?}"
                         );
                     }
                 }

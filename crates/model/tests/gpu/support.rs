@@ -1,7 +1,7 @@
 //! What the tests share: the GPU, and golden models.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
 };
 
@@ -9,20 +9,6 @@ use anabranch_model::{
     Backend, Batch, Config, Cuda, Error, GivenRouting, Model, Observer, Segment, TensorFile, TopkIds,
     config::FeedForward,
 };
-
-pub(crate) const GOLDEN: [&str; 11] = [
-    "deepseek-v1",
-    "deepseek-v2",
-    "deepseek-v2-lite",
-    "deepseek-v3",
-    "deepseek-v3-fp8",
-    "glm4-moe",
-    "llama",
-    "mixtral",
-    "olmoe",
-    "qwen2-moe",
-    "qwen3-moe",
-];
 
 /// Runs a test on a GPU. Without one it passes with a note, or fails under `ANABRANCH_REQUIRE_GPU=1`.
 pub(crate) fn on_gpu(test: impl FnOnce(&dyn Fn() -> Cuda)) {
@@ -42,6 +28,15 @@ pub(crate) fn folder(name: &str) -> PathBuf {
     let elsewhere = env::var_os("ANABRANCH_GOLDEN").filter(|path| !path.is_empty()).map(PathBuf::from);
     let golden = elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden"));
     golden.join("models").join(name)
+}
+
+/// The names of all golden models, sorted.
+pub(crate) fn golden() -> Vec<String> {
+    let folders = fs::read_dir(folder("")).unwrap();
+    let mut names: Vec<String> = folders.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert!(!names.is_empty());
+    names
 }
 
 /// What Transformers computed from a golden model, in float32.
