@@ -20,7 +20,7 @@ pub(super) enum Purpose {
     Workspace,
 }
 
-/// Bytes that a model took of the GPU's memory, each the most at a time.
+/// What was taken of the GPU's memory: bytes, each the most at a time, and how often.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct GpuUsage {
     /// Weights, padded.
@@ -29,13 +29,21 @@ pub struct GpuUsage {
     pub cache: u64,
     /// Activations, and what operations asked for.
     pub workspace: u64,
+    /// Allocations so far, given back or not. A pass over no more tokens and no longer a context than passes before it makes none.
+    pub allocations: u64,
 }
 
 /// A stream, and the count of what is taken on it.
 #[derive(Debug, Clone)]
 pub(super) struct Gpu {
     pub(super) stream: Stream,
-    meter: Arc<[Count; 3]>,
+    meter: Arc<Meter>,
+}
+
+#[derive(Debug, Default)]
+struct Meter {
+    purposes: [Count; 3],
+    allocations: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -53,7 +61,7 @@ pub(super) struct Buffer<T> {
 
 #[derive(Debug)]
 struct Held {
-    meter: Arc<[Count; 3]>,
+    meter: Arc<Meter>,
     purpose: Purpose,
     bytes: u64,
 }
@@ -64,7 +72,7 @@ impl Gpu {
     }
 
     pub(super) fn usage(&self) -> GpuUsage {
-        let most = |purpose| self.meter[purpose as usize].most.load(Ordering::Relaxed);
+        let most = |purpose| self.meter.purposes[purpose as usize].most.load(Ordering::Relaxed);
         GpuUsage { weights: most(Purpose::Weights), cache: most(Purpose::Cache), workspace: most(Purpose::Workspace) }
     }
 
@@ -102,16 +110,17 @@ impl Gpu {
 
     fn counted<T: Element>(&self, purpose: Purpose, tensor: Tensor<T>) -> Buffer<T> {
         let bytes = (tensor.shape().len() * size_of::<T>()) as u64;
-        let count = &self.meter[purpose as usize];
+        let count = &self.meter.purposes[purpose as usize];
         let now = count.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         count.most.fetch_max(now, Ordering::Relaxed);
+        self.meter.allocations.fetch_add(1, Ordering::Relaxed);
         Buffer { tensor, held: Held { meter: Arc::clone(&self.meter), purpose, bytes } }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.meter[self.purpose as usize].now.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.meter.purposes[self.purpose as usize].now.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 

@@ -1,8 +1,30 @@
-//! The GPU's memory that a large model takes.
+//! The GPU's memory: what a pass takes of it, and a large model.
 
 use anabranch_model::{Batch, Config, Forward, Model, Segment, Session};
 
-use crate::support::on_gpu;
+use crate::support::{Expected, golden, halves, load, on_gpu};
+
+/// Decoding runs from buffers that are there: after the first step of its size nothing is allocated.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn decode_steps_allocate_nothing() {
+    on_gpu(|gpu| {
+        for name in &golden() {
+            let (model, expected) = (load(name, gpu()), Expected::open(name));
+            let ids = expected.tokens("input_ids");
+            let mut session = Session::new(&model).unwrap();
+            session.reset(&[64, 64]).unwrap();
+            session.forward(&Batch { ids: &ids, segments: &halves(&ids) }).unwrap();
+            let mut counts = Vec::new();
+            for position in ids.len() / 2..ids.len() / 2 + 8 {
+                let segments = [0, 1].map(|sequence| Segment { sequence, position, len: 1 });
+                session.forward(&Batch { ids: &[3, 5], segments: &segments }).unwrap();
+                counts.push(model.backend().usage().allocations);
+            }
+            assert!(counts.iter().all(|count| *count == counts[0]), "{name}: allocations after each step {counts:?}");
+        }
+    });
+}
 
 /// A published model of 16 billion parameters, made on the GPU: no more is taken than weights, cache and workspace.
 #[test]
