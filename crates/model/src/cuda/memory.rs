@@ -73,7 +73,12 @@ impl Gpu {
 
     pub(super) fn usage(&self) -> GpuUsage {
         let most = |purpose| self.meter.purposes[purpose as usize].most.load(Ordering::Relaxed);
-        GpuUsage { weights: most(Purpose::Weights), cache: most(Purpose::Cache), workspace: most(Purpose::Workspace) }
+        GpuUsage {
+            weights: most(Purpose::Weights),
+            cache: most(Purpose::Cache),
+            workspace: most(Purpose::Workspace),
+            allocations: self.meter.allocations.load(Ordering::Relaxed),
+        }
     }
 
     /// Bytes that are free now.
