@@ -93,8 +93,8 @@ struct Problem {
   uint64_t shared_limit;  // bytes a block may have
 };
 
-// Up to so many tokens the kernel permutes and combines: every block sorts all pairs, and a warpgroup sums up 64 columns,
-// each in a microsecond or two, less than another launch.
+// Up to so many tokens the kernel permutes and combines: every block sorts all pairs, and a warpgroup sums up 64
+// columns, each in a microsecond or two, less than another launch.
 constexpr uint64_t kMostAlone = 64;
 
 constexpr uint64_t least(uint64_t a, uint64_t b) {

@@ -131,9 +131,9 @@ class TokenLoader {
     }
   }
 
-  // Rows of x that the permutation picks. Four lanes copy a row's 128 bytes in two halves, eight rows at once: a lane then
-  // has few rows to remember, and always the same place in the swizzle's eight. Rows past the tile's last hold anything:
-  // what a product makes of them is not stored.
+  // Rows of x that the permutation picks. Four lanes copy a row's 128 bytes in two halves, eight rows at once: a lane
+  // then has few rows to remember, and always the same place in the swizzle's eight. Rows past the tile's last hold
+  // anything: what a product makes of them is not stored.
   __device__ __forceinline__ void gather(const Item& item) {
     // Where each row begins, in 16 bytes.
     uint32_t begin[kRowsALane];

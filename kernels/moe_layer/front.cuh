@@ -18,7 +18,8 @@ struct FrontArgs {
   uint32_t shared;  // S
 };
 
-// The warp whose lanes are K + S slots of a token: takes what is given, copies what the router chose, adds shared experts.
+// The warp whose lanes are K + S slots of a token: takes what is given, copies what the router chose, adds shared
+// experts.
 __device__ __forceinline__ void finish_token(const FrontArgs& args, uint32_t token, uint32_t slot) {
   const router::Args& router = args.router;
   const uint32_t at = token * router.pitch + slot;

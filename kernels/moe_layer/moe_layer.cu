@@ -111,8 +111,7 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
     plan->progress_words = kCounterWords + plan->token_tiles + (sizes.hidden - 1) / experts::kBlockRows + 8;
     plan->blocks = static_cast<uint32_t>(device.multiprocessors);
     const uint64_t capacity = shape.routing.expert_capacity;
-    plan->fronts = (capacity == 0 || capacity >= num_tokens) &&
-                   shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
+    plan->fronts = (capacity == 0 || capacity >= num_tokens) && shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
   }
   ANABRANCH_TRY(permute_bytes_of(sizes, &plan->permute_bytes));
   Parts parts(nullptr);
