@@ -105,12 +105,12 @@ impl CudaCache {
 
     /// Checks that a batch continues its slots, and brings its numbers to the GPU.
     pub(super) fn begin(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<()> {
+        check_apart(batch.segments)?;
         let mut numbers = Numbers::default();
         for segment in batch.segments {
             let slot = self.slot(segment)?;
             numbers.push(segment, slot.first_row);
         }
-        check_apart(batch.segments)?;
         self.work.reserve(gpu, batch.ids.len())?;
         self.batch.set(gpu, batch, &numbers)?;
         for &Segment { sequence, position, len } in batch.segments {
