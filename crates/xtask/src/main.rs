@@ -1,5 +1,6 @@
 //! The repository's own commands, without a dependency, so that a fresh machine runs the first one at once.
 
+mod capi;
 mod demo;
 mod deny;
 mod golden;
@@ -26,6 +27,12 @@ struct Command {
 }
 
 const COMMANDS: &[Command] = &[
+    Command {
+        name: "capi",
+        arguments: "[DIR]",
+        summary: "build the C library and lay it out for installation: header, libraries, pkg-config file",
+        run: capi::run,
+    },
     Command {
         name: "demo",
         arguments: "",

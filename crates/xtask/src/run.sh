@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask stage` gathered, on a machine with an NVIDIA GPU. docs/gpu-testing.md says more.
 #
-#   run.sh test | sanitize | bench | demo | all
+#   run.sh test | sanitize | bench | demo | capi | all
 #
 # ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
@@ -88,15 +88,30 @@ run_demo() {
   fi
 }
 
+# The C library: its contracts, then the example.
+run_capi() {
+  describe | tee "$results/capi.log"
+  local passed=0 failed=0 program
+  for program in contracts moe_layer; do
+    if "$here/capi/$program" 2>&1 | tee -a "$results/capi.log"; then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1))
+    fi
+  done
+  echo "$passed passed, $failed failed"
+  [ "$failed" -eq 0 ]
+}
+
 case ${1:-} in
-  test | sanitize | bench | demo)
+  test | sanitize | bench | demo | capi)
     command=$1
     shift
     "run_$command" "$@"
     ;;
   all)
     worst=0
-    for command in test sanitize bench demo; do
+    for command in test sanitize bench demo capi; do
       echo "== $command"
       "run_$command" || worst=1
     done

@@ -2,7 +2,7 @@
 //! that runs on a GPU host which has neither Rust nor nvcc nor the sources.
 
 use crate::{
-    Failure, golden,
+    Failure, capi, golden,
     process::{cargo, root, target},
     toolchain,
 };
@@ -44,6 +44,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     }
     copy_layers(&root().join(LAYERS.0), &folder.join(LAYERS.1))?;
     copy(&root().join(CHECKPOINT.0), &folder.join(CHECKPOINT.1))?;
+    embedding(&folder)?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
     executable(&script)?;
@@ -55,6 +56,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
         return Err(Failure::Failed(format!("the folder has {:.1} MiB, more than {:.0}", mib(bytes), mib(MOST_BYTES))));
     }
     Ok(())
+}
+
+/// The C library and the programs that test it.
+fn embedding(folder: &Path) -> Result<(), Failure> {
+    let prefix = target().join("capi");
+    capi::install(&prefix)?;
+    copy(&prefix.join("lib").join(capi::SHARED), &folder.join("lib").join(capi::SHARED))?;
+    capi::compile(&prefix, &folder.join("capi"), false)
 }
 
 /// An empty folder. One that holds anything but an earlier stage is left alone.
