@@ -132,7 +132,7 @@ launcher!(
     settings |params| routing(&params.shape.routing).map(drop)
 );
 
-/// A query: host pointers that must be given, and what finds a wrong setting.
+/// A query: host pointers that must be given, and what validates the settings, which need not be quick here.
 macro_rules! query {
     (
         $name:ident($($argument:ident: $type:ty),*), needs [$($need:ident),*] $(, settings $settings:expr)?
@@ -147,11 +147,9 @@ macro_rules! query {
         pub unsafe extern "C" fn $name($($argument: $type),*) -> AnabranchStatus {
             guard(stringify!($name), || {
                 $(needed($need, stringify!($need))?;)*
+                $($settings?;)?
                 // SAFETY: the pointers are neither null nor askew, and the caller vouches for the rest.
                 let status = unsafe { sys::$name($($argument),*) };
-                $(if status == AnabranchStatus::ANABRANCH_STATUS_SETTING {
-                    $settings?;
-                })?
                 explained(status, &[])
             })
         }
