@@ -7,7 +7,10 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import anabranch
 from anabranch import Routing, _library
+
+WORKSPACE = Path(__file__).parents[2] / "Cargo.toml"
 
 HEADER = Path(
     os.environ.get("ANABRANCH_HEADER", Path(__file__).parents[2] / "kernels" / "include" / "anabranch.h")
@@ -55,6 +58,12 @@ class Header(unittest.TestCase):
             output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
         got = [int(line) for line in output.split()]
         self.assertEqual(dict(zip(lines, got)), dict(zip(lines, expected)))
+
+
+class Version(unittest.TestCase):
+    @unittest.skipUnless(WORKSPACE.is_file(), "not in a checkout")
+    def test_it_is_the_workspaces(self):
+        self.assertIn(f'[workspace.package]\nversion = "{anabranch.__version__}"', WORKSPACE.read_text())
 
 
 class Rules(unittest.TestCase):

@@ -5,6 +5,7 @@ mod demo;
 mod deny;
 mod golden;
 mod process;
+mod python;
 mod stage;
 mod test;
 mod toolchain;

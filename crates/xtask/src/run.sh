@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask stage` gathered, on a machine with an NVIDIA GPU. docs/gpu-testing.md says more.
 #
-#   run.sh test | sanitize | bench | demo | capi | all
+#   run.sh test | sanitize | bench | demo | capi | python | experts | all
 #
 # ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
 # ANABRANCH_CASES        cases of each property: 512 in test, 12 in sanitize
+# PYTHON                 the interpreter of python and experts, with PyTorch and Transformers (default: python3)
 # RESULTS                where logs and criterion's results go (default: ./results)
 set -uo pipefail
 
@@ -103,22 +104,47 @@ run_capi() {
   [ "$failed" -eq 0 ]
 }
 
+with_python() {
+  ANABRANCH_LIBRARY=$here/lib/libanabranch.so.1 ANABRANCH_HEADER=$here/include/anabranch.h \
+    PYTHONPATH=$here/python:$here/python/tests PYTHONDONTWRITEBYTECODE=1 "${PYTHON:-python3}" "$@"
+}
+
+# The Python package: its tests, those that need PyTorch or Transformers skipped where that is missing.
+run_python() {
+  describe | tee "$results/python.log"
+  local modules=("$@")
+  [ ${#modules[@]} -gt 0 ] || modules=(test_library test_torch test_transformers)
+  with_python -m unittest -v "${modules[@]}" 2>&1 | tee -a "$results/python.log"
+  local status=${PIPESTATUS[0]}
+  awk '/^Ran [0-9]+ test/ { ran = $2 } /^(OK|FAILED)/ { n = split($0, parts, /[(,)]/); for (i = 1; i <= n; i++) if (split(parts[i], pair, "=") == 2) count[pair[1]] += pair[2]; seen = 1 }
+       { gsub(/ /, "", $0) } END { f = count["failures"] + count["errors"] + count[" errors"]; s = count["skipped"] + count[" skipped"]
+       if (!seen) f = 1; printf "%d passed, %d failed, %d skipped\n", ran - f - s, f, s }' "$results/python.log"
+  return "$status"
+}
+
+# Transformers' experts: anabranch beside its own backends.
+run_experts() {
+  describe | tee "$results/experts.log"
+  with_python "$here/python/bench_experts.py" --json "$results/experts.json" "$@" 2>&1 | tee -a "$results/experts.log"
+  return "${PIPESTATUS[0]}"
+}
+
 case ${1:-} in
-  test | sanitize | bench | demo | capi)
+  test | sanitize | bench | demo | capi | python | experts)
     command=$1
     shift
     "run_$command" "$@"
     ;;
   all)
     worst=0
-    for command in test sanitize bench demo capi; do
+    for command in test sanitize bench demo capi python; do
       echo "== $command"
       "run_$command" || worst=1
     done
     exit "$worst"
     ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

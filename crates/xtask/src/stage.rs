@@ -58,12 +58,17 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The C library and the programs that test it.
+/// The C library, the programs that test it, and the Python package with its tests.
 fn embedding(folder: &Path) -> Result<(), Failure> {
     let prefix = target().join("capi");
     capi::install(&prefix)?;
     copy(&prefix.join("lib").join(capi::SHARED), &folder.join("lib").join(capi::SHARED))?;
-    capi::compile(&prefix, &folder.join("capi"), false)
+    copy(&prefix.join("include"), &folder.join("include"))?;
+    capi::compile(&prefix, &folder.join("capi"), false)?;
+    for (from, to) in [("src/anabranch", "anabranch"), ("tests", "tests"), ("bench_experts.py", "bench_experts.py")] {
+        copy(&root().join("python").join(from), &folder.join("python").join(to))?;
+    }
+    Ok(())
 }
 
 /// An empty folder. One that holds anything but an earlier stage is left alone.

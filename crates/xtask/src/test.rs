@@ -3,7 +3,7 @@
 use crate::{
     Failure, capi, deny,
     process::{cargo, root, run as run_process},
-    toolchain,
+    python, toolchain,
 };
 use std::{
     ffi::OsStr,
@@ -35,6 +35,7 @@ const STEPS: &[Step] = &[
     },
     Step { name: "cuda", run: cuda },
     Step { name: "capi", run: capi::check },
+    Step { name: "python", run: python::check },
     Step { name: "docs", run: docs },
     Step { name: "licences", run: deny::check },
     Step {

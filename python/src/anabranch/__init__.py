@@ -4,7 +4,7 @@
 Transformers is imported before its module is.
 """
 
+from .__about__ import VERSION as __version__
 from ._routing import Routing
 
-__version__ = "0.1.0"
 __all__ = ["Routing", "__version__"]
