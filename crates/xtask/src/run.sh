@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask stage` gathered, on a machine with an NVIDIA GPU. docs/gpu-testing.md says more.
 #
-#   run.sh test | sanitize | bench | demo | capi | python | experts | all
+#   run.sh test | sanitize | bench | demo | capi | rust | python | experts | all
 #
 # ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
@@ -104,6 +104,15 @@ run_capi() {
   [ "$failed" -eq 0 ]
 }
 
+# An engine in Rust with its own stream and memory.
+run_rust() {
+  describe | tee "$results/rust.log"
+  "$here/embed_stream" 2>&1 | tee -a "$results/rust.log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] && echo "1 passed, 0 failed" || echo "0 passed, 1 failed"
+  return "$status"
+}
+
 with_python() {
   ANABRANCH_LIBRARY=$here/lib/libanabranch.so.1 ANABRANCH_HEADER=$here/include/anabranch.h \
     PYTHONPATH=$here/python:$here/python/tests PYTHONDONTWRITEBYTECODE=1 "${PYTHON:-python3}" "$@"
@@ -130,14 +139,14 @@ run_experts() {
 }
 
 case ${1:-} in
-  test | sanitize | bench | demo | capi | python | experts)
+  test | sanitize | bench | demo | capi | rust | python | experts)
     command=$1
     shift
     "run_$command" "$@"
     ;;
   all)
     worst=0
-    for command in test sanitize bench demo capi python; do
+    for command in test sanitize bench demo capi rust python; do
       echo "== $command"
       "run_$command" || worst=1
     done

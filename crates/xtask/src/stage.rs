@@ -20,6 +20,7 @@ const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
     (&["test", "--no-run", "--package", "anabranch", "--test", "gpu"], "test", "gpu", "gpu-tests"),
     (&["bench", "--no-run", "--package", "anabranch", "--bench", "gpu"], "bench", "gpu", "gpu-benches"),
     (&["build", "--package", "anabranch-cli"], "bin", "anabranch", "anabranch"),
+    (&["build", "--package", "anabranch", "--example", "embed_stream"], "example", "embed_stream", "embed_stream"),
 ];
 
 /// Golden layers go along without their gradients.
