@@ -45,7 +45,7 @@ def moe(
     :param logits: ``[T, E]`` float32, the gate product.
     :param gate_up: ``[E + S, 2 n, d]`` bfloat16: gate rows, then up rows of every expert, shared ones last; n is a multiple of 8.
     :param down: ``[E + S, d, n]`` bfloat16.
-    :param routing: the router's rule, of E experts.
+    :param routing: the router's rule, of E experts; make it outside of a function that is compiled.
     :param selection_bias: ``[E]`` float32: steers the choice but never the weights (``e_score_correction_bias``).
     :param num_shared: S, experts that every token visits.
     :param shared_gate: ``[T]`` float32: logits whose sigmoid scales the shared experts' sum.
@@ -210,6 +210,8 @@ def _forward(
     num_tokens, hidden_size = x.shape
     device = x.device.index
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if num_tokens == 0:
+        return out
     with torch.cuda.device(device):
         plan = _plan(routing, hidden_size, down.shape[2], num_shared, arch, device, _room(num_tokens))
         needed = plan.workspace_bytes(num_tokens)
