@@ -158,7 +158,7 @@ pub(crate) fn compile(prefix: &Path, into: &Path, statically: bool) -> Result<()
     for (source, name) in PROGRAMS {
         let mut gcc = Command::new("gcc");
         gcc.current_dir(root())
-            .args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", source, "-o"])
+            .args(["-std=c11", "-O2", "-s", "-Wall", "-Wextra", "-Werror", source, "-o"])
             .arg(into.join(name));
         if statically {
             gcc.arg("-I").arg(prefix.join("include")).arg(lib.join(STATIC)).arg("-lgcc_s");

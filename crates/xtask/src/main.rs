@@ -1,5 +1,6 @@
 //! The repository's own commands, without a dependency, so that a fresh machine runs the first one at once.
 
+mod candle;
 mod capi;
 mod demo;
 mod deny;
@@ -28,6 +29,12 @@ struct Command {
 }
 
 const COMMANDS: &[Command] = &[
+    Command {
+        name: "candle",
+        arguments: "",
+        summary: "build and test crates/candle, with the CUDA libraries that candle links from PyPI",
+        run: candle::run,
+    },
     Command {
         name: "capi",
         arguments: "[DIR]",
