@@ -21,7 +21,7 @@ const SHAPES: [(&str, Sizes); 3] = [
 const SAMPLES: usize = 15;
 
 fn median(device: &Device, call: impl Fn() -> Result<Tensor>) -> Result<f64> {
-    let timed = || -> Result<f64> {
+    let sample = || -> Result<f64> {
         let start = Instant::now();
         let out = call()?;
         device.synchronize()?;
@@ -30,9 +30,9 @@ fn median(device: &Device, call: impl Fn() -> Result<Tensor>) -> Result<f64> {
         Ok(micros)
     };
     for _ in 0..3 {
-        timed()?;
+        sample()?;
     }
-    let mut times = (0..SAMPLES).map(|_| timed()).collect::<Result<Vec<_>>>()?;
+    let mut times = (0..SAMPLES).map(|_| sample()).collect::<Result<Vec<_>>>()?;
     times.sort_by(f64::total_cmp);
     Ok(times[SAMPLES / 2])
 }

@@ -134,15 +134,13 @@ impl Model {
             let (cos, sin) = (self.cos.narrow(0, 0, length)?, self.sin.narrow(0, 0, length)?);
             candle_nn::rotary_emb::rope(&norm.forward(&heads(projection, number)?)?, &cos, &sin)
         };
-        let repeated =
-            |tensor: Tensor| candle_transformers::utils::repeat_kv(tensor, q_heads / kv_heads)?.contiguous();
+        let repeated = |tensor: Tensor| candle_transformers::utils::repeat_kv(tensor, q_heads / kv_heads)?.contiguous();
         let q = rotated(&layer.q, &layer.qk_norms[0], q_heads)?;
         let k = repeated(rotated(&layer.k, &layer.qk_norms[1], kv_heads)?)?;
         let v = repeated(heads(&layer.v, kv_heads)?)?;
         let scores = (q.matmul(&k.transpose(2, 3)?)? / (self.config.head_dim as f64).sqrt())?;
-        let masked: Vec<f32> = (0..length * length)
-            .map(|i| if i % length > i / length { f32::NEG_INFINITY } else { 0.0 })
-            .collect();
+        let masked: Vec<f32> =
+            (0..length * length).map(|i| if i % length > i / length { f32::NEG_INFINITY } else { 0.0 }).collect();
         let mask = Tensor::from_vec(masked, (1, 1, length, length), x.device())?.to_dtype(x.dtype())?;
         let weights = candle_nn::ops::softmax_last_dim(&scores.broadcast_add(&mask)?)?;
         weights.matmul(&v)?.transpose(1, 2)?.reshape((batch, length, ()))?.apply(&layer.o)

@@ -26,6 +26,7 @@ impl FusedMoe {
     /// # Errors
     /// If `dtype` or the variables are not bf16, the activation is not `SiLU`, a tensor is missing or has another shape, or
     /// the numbers of experts contradict each other.
+    #[allow(clippy::needless_pass_by_value, reason = "candle's signature")]
     pub fn new(cfg: &MoeCfg, vb: VarBuilder, dtype: DType) -> Result<Self> {
         if dtype != DType::BF16 || vb.dtype() != DType::BF16 {
             let got = if dtype == DType::BF16 { vb.dtype() } else { dtype };

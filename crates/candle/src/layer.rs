@@ -108,7 +108,7 @@ pub fn moe_forward(x: &Tensor, logits: &Tensor, experts: &Experts, routing: &Rou
         x: held_x.view()?,
         routing: MoeRouting::Logits {
             logits: held_logits.view()?,
-            selection_bias: bias.as_ref().map(|bias| bias.view()).transpose()?,
+            selection_bias: bias.as_ref().map(crate::tensors::Held::view).transpose()?,
         },
         shared_gate: None,
         gate_up: gate_up.view()?,

@@ -2,7 +2,7 @@
 //! are.
 //!
 //! [`moe_forward`] is the layer from router logits; [`FusedMoe`] has the constructor and the call of candle-transformers'
-//! layer of the same name, so that a model changes one `use`. Tensors are bf16 and contiguous: candle's FusedMoe also takes
+//! layer of the same name, so that a model changes one `use`. Tensors are bf16 and contiguous: candle's `FusedMoe` also takes
 //! f16, here it is refused with the conversion named. There is no backward pass: the result does not track its inputs.
 
 mod fused_moe;

@@ -1,6 +1,6 @@
 //! candle's tensors as the library's views: checked, borrowed, never copied.
 
-use std::sync::RwLockReadGuard;
+use std::ops::Deref;
 
 use anabranch::cuda::{Element, Shape, View};
 use candle_core::{DType, Device, Error, Layout, Result, Storage, Tensor, cuda_backend::CudaDType};
@@ -11,14 +11,20 @@ pub(crate) fn wrapped(error: anabranch::Error) -> Error {
 }
 
 /// A tensor's memory, held for reading while views of it are in use.
-pub(crate) struct Held<'a> {
+pub(crate) struct Held<'a, G> {
     name: &'static str,
-    storage: RwLockReadGuard<'a, Storage>,
+    /// candle's guard of its lock.
+    storage: G,
     layout: &'a Layout,
 }
 
 /// Checks a tensor's data type, place and order, and holds it.
-pub(crate) fn hold<'a>(name: &'static str, tensor: &'a Tensor, dtype: DType, device: &Device) -> Result<Held<'a>> {
+pub(crate) fn hold<'a>(
+    name: &'static str,
+    tensor: &'a Tensor,
+    dtype: DType,
+    device: &Device,
+) -> Result<Held<'a, impl Deref<Target = Storage> + use<'a>>> {
     if tensor.dtype() != dtype {
         let got = tensor.dtype();
         candle_core::bail!("{name} must be {dtype:?}, got {got:?}: convert it with to_dtype(DType::{dtype:?})");
@@ -33,7 +39,7 @@ pub(crate) fn hold<'a>(name: &'static str, tensor: &'a Tensor, dtype: DType, dev
     Ok(Held { name, storage, layout })
 }
 
-impl Held<'_> {
+impl<G: Deref<Target = Storage>> Held<'_, G> {
     /// The tensor as the library sees it.
     pub(crate) fn view<T: CudaDType + Element>(&self) -> Result<View<'_, T>> {
         let Storage::Cuda(storage) = &*self.storage else {

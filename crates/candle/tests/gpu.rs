@@ -94,7 +94,8 @@ fn bad_tensors_are_refused_in_words() -> Result<()> {
     let routing = Routing::builder(8, 2).build().map_err(candle_core::Error::wrap)?;
     let (x, logits) = (zeros(&[5, 64], DType::BF16)?, zeros(&[5, 8], DType::F32)?);
     let refused = |x: &Tensor, logits: &Tensor, words: &str| {
-        let message = moe_forward(x, logits, &experts, &routing).err().map(|error| error.to_string()).unwrap_or_default();
+        let message =
+            moe_forward(x, logits, &experts, &routing).err().map(|error| error.to_string()).unwrap_or_default();
         assert!(message.contains(words), "{message:?} does not say {words:?}");
     };
     refused(&zeros(&[5, 64], DType::F16)?, &logits, "x must be BF16, got F16");

@@ -36,7 +36,8 @@ impl Sizes {
         let mut tensors = HashMap::new();
         tensors.insert("gate.weight".to_owned(), noise(self.experts, self.hidden, 0.1)?);
         for expert in 0..self.experts {
-            let mut insert = |part: &str, weight| tensors.insert(format!("experts.{expert}.{part}_proj.weight"), weight);
+            let mut insert =
+                |part: &str, weight| tensors.insert(format!("experts.{expert}.{part}_proj.weight"), weight);
             insert("gate", noise(self.width, self.hidden, 0.1)?);
             insert("up", noise(self.width, self.hidden, 0.1)?);
             insert("down", noise(self.hidden, self.width, 0.1)?);
