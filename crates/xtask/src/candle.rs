@@ -1,4 +1,4 @@
-//! `cargo xtask candle`: builds and tests `crates/candle`, which stands outside of the workspace.
+//! `cargo xtask candle [DIR]`: builds and tests `crates/candle`, which stands outside of the workspace.
 //!
 //! candle's `cuda` feature compiles many kernels (minutes, the first time) and links cuBLAS, cuRAND, NVRTC, the CUDA runtime and the
 //! driver. The first four come from `PyPI` into target/toolchain/candle; for the driver a stub is made there from cuda.h,
@@ -7,7 +7,8 @@
 
 use crate::{
     Failure,
-    process::{cargo, run as run_process, target, toolchain as toolchain_folder},
+    process::{cargo, root, run as run_process, target, toolchain as toolchain_folder},
+    stage::executable_of,
     test::{Outcome, has_gpu},
     toolchain,
 };
@@ -15,7 +16,7 @@ use std::{
     collections::BTreeSet,
     env, fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 /// Libraries of the toolkit's release, by the names that programs load.
@@ -26,12 +27,47 @@ const COMPUTE_CAP: &str = "90";
 
 const MANIFEST: &str = "crates/candle/Cargo.toml";
 
-/// The command.
+/// Programs for a GPU host, as (cargo's arguments, target's kind and name in cargo's messages, name there).
+const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
+    (&["test", "--no-run", "--test", "gpu"], "test", "gpu", "tests"),
+    (&["build", "--example", "bench_moe"], "example", "bench_moe", "bench_moe"),
+    (&["build", "--example", "qwen3_moe"], "example", "qwen3_moe", "qwen3_moe"),
+];
+
+/// The command: the checks, or with a folder that `cargo xtask stage` made, the programs for `run.sh candle` there.
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
-    if !arguments.is_empty() {
-        return Err(Failure::Usage("`candle` takes no arguments".to_owned()));
+    match arguments {
+        [] => check().map(drop),
+        [folder] => stage(&env::current_dir().unwrap_or_else(|_| root()).join(folder)),
+        _ => Err(Failure::Usage("`candle` takes one folder at most".to_owned())),
     }
-    check().map(drop)
+}
+
+/// Each program holds all of candle's kernels: 50 MB, and nearly the same in all of them. Packed together, with a dictionary
+/// that spans them, they are a few.
+fn stage(folder: &Path) -> Result<(), Failure> {
+    if !folder.join("run.sh").is_file() {
+        return Err(Failure::Failed(format!("{} was not made by `cargo xtask stage`", folder.display())));
+    }
+    toolchain::ensure()?;
+    let libraries = Libraries::ensure()?;
+    let programs = target().join("candle/stage/candle");
+    let failed = |error: std::io::Error| Failure::Failed(format!("cannot fill {}: {error}", programs.display()));
+    fs::create_dir_all(&programs).map_err(failed)?;
+    for (arguments, kind, name, staged) in PROGRAMS {
+        eprintln!("$ cargo {} --manifest-path {MANIFEST} --release", arguments.join(" "));
+        let mut command = cargo([]);
+        command.args(*arguments).args(["--manifest-path", MANIFEST, "--release"]);
+        libraries.environment(&mut command)?;
+        let output = command.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit()).output();
+        let output = output.map_err(|error| Failure::Failed(format!("cannot start cargo: {error}")))?;
+        let program = executable_of(&String::from_utf8_lossy(&output.stdout), kind, name)
+            .ok_or_else(|| Failure::Failed(format!("cargo built no {kind} named {name}")))?;
+        fs::copy(program, programs.join(staged)).map_err(failed)?;
+    }
+    let mut tar = Command::new("tar");
+    tar.args(["--use-compress-program", "xz -T1 --lzma2=preset=6,dict=192MiB", "-cf"]);
+    run_process(tar.arg(folder.join("candle.tar.xz")).arg("-C").arg(target().join("candle/stage")).arg("candle"))
 }
 
 /// The gate's step: the linter, and the tests; those on a GPU where there is one.

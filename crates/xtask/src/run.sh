@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask stage` gathered, on a machine with an NVIDIA GPU. docs/gpu-testing.md says more.
 #
-#   run.sh test | sanitize | bench | demo | capi | rust | python | experts | all
+#   run.sh test | sanitize | bench | demo | capi | rust | python | experts | candle | candle_bench | all
 #
 # ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
@@ -138,8 +138,37 @@ run_experts() {
   return "${PIPESTATUS[0]}"
 }
 
+# A program of crates/candle, which `cargo xtask candle` adds. Where CUDA's libraries are not installed, PyTorch's are taken.
+with_candle() {
+  if [ ! -d "$here/candle" ]; then
+    [ -f "$here/candle.tar.xz" ] || { echo "candle.tar.xz is not here: add it with \`cargo xtask candle FOLDER\`"; return 1; }
+    tar -C "$here" -xf "$here/candle.tar.xz" 2>/dev/null ||
+      "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$here/candle.tar.xz" "$here"
+  fi
+  local libraries
+  libraries=$("${PYTHON:-python3}" -c 'import glob, sys; print(":".join(sum((glob.glob(p + "/nvidia/*/lib") for p in sys.path if p), [])))')
+  LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:$libraries "$here/candle/$1" "${@:2}"
+}
+
+# The layer on candle's tensors: beside candle's own, then in candle's Qwen3-MoE.
+run_candle() {
+  describe | tee "$results/candle.log"
+  with_candle tests --include-ignored --test-threads 1 "$@" 2>&1 | tee -a "$results/candle.log"
+  local status=${PIPESTATUS[0]}
+  with_candle qwen3_moe 2>&1 | tee -a "$results/candle.log"
+  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+  summary "$results/candle.log"
+  return "$status"
+}
+
+run_candle_bench() {
+  describe | tee "$results/candle_bench.log"
+  with_candle bench_moe "$@" 2>&1 | tee -a "$results/candle_bench.log"
+  return "${PIPESTATUS[0]}"
+}
+
 case ${1:-} in
-  test | sanitize | bench | demo | capi | rust | python | experts)
+  test | sanitize | bench | demo | capi | rust | python | experts | candle | candle_bench)
     command=$1
     shift
     "run_$command" "$@"

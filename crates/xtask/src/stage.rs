@@ -105,7 +105,7 @@ fn build(arguments: &[&str], kind: &str, name: &str) -> Result<PathBuf, Failure>
 
 /// The path in the message of a target. cargo writes one JSON object a line, without spaces; a full reader is not needed for
 /// two fixed fields and a path.
-fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
+pub(crate) fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
     let target = format!("\"kind\":[\"{kind}\"],");
     let named = format!("\"name\":\"{name}\",");
     messages.lines().filter(|line| line.contains(&target) && line.contains(&named)).find_map(|line| {
