@@ -8,7 +8,7 @@ Needs an NVIDIA GPU and torch 2.9 or newer (made with 2.11); SonicMoE is measure
 
 The layer is everything from float32 router logits to the bf16 output: softmax over the top-k logits, permutation, both
 products, SwiGLU, the weighted sum. Weights and x are random, logits come from the seed that `anabranch bench moe` uses
-(or from a file). Every sample lies between two CUDA events, after the second-level cache has been overwritten; eager
+(or from a file). Every sample lies between two CUDA events, after the second-level cache has been filled with other data; eager
 calls and graph launches by turns; the smaller median counts.
 """
 
@@ -143,10 +143,11 @@ def reference(x, logits, gate_up, down, topk, tokens):
 class Clock:
     def __init__(self):
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(5 * cache // 2, dtype=torch.uint8, device="cuda")
+        self.other = torch.zeros(5 * cache // 8, dtype=torch.float32, device="cuda")
 
     def sample(self, call):
-        self.flush.zero_()
+        # Read, not written: written data would have to leave the cache at the cost of what is measured.
+        self.other.sum()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()

@@ -89,7 +89,21 @@ pub enum Error {
         /// What the launcher says.
         reason: String,
     },
-    /// The CUDA driver reports an error, maybe of an earlier launch.
+    /// A launch before this call failed while it ran. The GPU's context is lost: this process cannot use it again.
+    #[error(
+        "a kernel failed on the GPU: {reason}; {operation} met the error, and what was launched before it, newest first, \
+         is {}; CUDA_LAUNCH_BLOCKING=1 makes the newest the one that failed",
+        names(launched)
+    )]
+    Earlier {
+        /// The operation during which the error came up; it is not at fault.
+        operation: &'static str,
+        /// What was launched on the stream since it was last waited for, newest first, each operation once.
+        launched: Vec<&'static str>,
+        /// What the driver says.
+        reason: String,
+    },
+    /// The CUDA driver reports an error.
     #[error("{operation}: the CUDA driver reports {reason}")]
     Driver {
         /// The operation during which it was met.
@@ -101,6 +115,10 @@ pub enum Error {
 
 /// The result of an operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn names(operations: &[&str]) -> String {
+    if operations.is_empty() { "not on this stream".to_owned() } else { operations.join(", ") }
+}
 
 /// Checks the length of a flat buffer.
 pub(crate) fn check_len(operation: &'static str, argument: &'static str, got: usize, expected: usize) -> Result<()> {

@@ -1,5 +1,5 @@
 //! `moe_layer` from logits to output at published models' shapes, on both paths. The time is what a launch takes within a graph
-//! of them, over rotating layers; `anabranch bench moe` measures a single call, cache overwritten.
+//! of them, over rotating layers; `anabranch bench moe` measures a single call, nothing of it in the cache.
 //!
 //! A point's throughput is in FLOP (criterion's elements) from 512 tokens on and in bytes of the weights of experts hit below.
 

@@ -62,7 +62,7 @@ AnabranchStatus launch(const AnabranchCombineParams& params, cudaStream_t stream
   config.gridDim = (args.num_items - 1) / kWarps + 1;
   config.blockDim = kThreads;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, sum_rows<Out>, args));
+  return launch_overlapping(sum_rows<Out>, config, args);
 }
 
 AnabranchStatus launch_for(const AnabranchCombineParams& params, cudaStream_t stream) {

@@ -5,6 +5,7 @@
 
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::combine {
 
@@ -51,6 +52,9 @@ __device__ __forceinline__ void add_scaled(float (&sum)[kVector], float weight, 
 
 template <typename Out>
 __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Args args) {
+  // What the launch before writes is not read through the read-only cache (__ldg): the two may overlap.
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t item = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
   if (item >= args.num_items) return;
@@ -62,11 +66,11 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Arg
   uint32_t row = args.num_rows;
   float weight = 0.0f;
   if (lane < args.topk) {
-    row = static_cast<uint32_t>(__ldg(args.inverse + token * args.topk + lane));
-    weight = __ldg(args.weights + token * args.topk + lane);
+    row = static_cast<uint32_t>(args.inverse[token * args.topk + lane]);
+    weight = args.weights[token * args.topk + lane];
   }
   uint4 shared = make_uint4(0, 0, 0, 0);
-  if (args.shared != nullptr && inside) shared = __ldg(args.shared + token * args.vectors + at);
+  if (args.shared != nullptr && inside) shared = args.shared[token * args.vectors + at];
 
   float sum[kVector] = {};
   for (uint32_t base = 0; base < args.topk; base += kRows) {
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Arg
       factor[i] = __shfl_sync(kFullWarp, weight, base + i);
       present[i] = source < args.num_rows;
       value[i] = make_uint4(0, 0, 0, 0);
-      if (present[i] && inside) value[i] = __ldg(args.y + uint64_t{source} * args.vectors + at);
+      if (present[i] && inside) value[i] = args.y[uint64_t{source} * args.vectors + at];
     }
 #pragma unroll
     for (uint32_t i = 0; i < kRows; ++i) {
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Arg
     }
   }
   if (args.shared != nullptr) {
-    const float gate = args.shared_gate == nullptr ? 1.0f : 1.0f / (1.0f + expf(-__ldg(args.shared_gate + token)));
+    const float gate = args.shared_gate == nullptr ? 1.0f : 1.0f / (1.0f + expf(-args.shared_gate[token]));
     add_scaled(sum, gate, shared);
   }
   if (inside) Out::store(args.out, token * args.vectors + at, sum);

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "permute/place.cuh"
+
 namespace anabranch::experts {
 
 // Columns of both operands, of the inner dimension, in a panel of a stage: 128 bytes, the swizzle's width.
@@ -28,9 +30,7 @@ struct Args {
   CUtensorMap down;             // [E, d, n]
   CUtensorMap gated_map;        // h: [R, n], in boxes of h_rows rows
   const uint16_t* x;            // [T, d] bf16
-  const uint32_t* offsets;      // [E + 1]
-  const uint32_t* slots;        // [R]
-  const int32_t* inverse;       // [T, K]
+  permute::Args pairs;          // offsets, slots and inverse: found there or, if `places`, made of ids by each block
   const float* weights;         // [T, K]
   uint16_t* h;                  // [R, n] bf16
   uint16_t* y;                  // [R, d] bf16
@@ -43,6 +43,7 @@ struct Args {
   uint32_t warm_weights;        // and of gate_up
   uint32_t num_tokens;
   uint32_t num_rows;  // R = T K
+  bool places;        // every block sorts the pairs for itself, in its shared memory
   uint32_t num_experts;
   uint32_t topk;
   uint32_t hidden;
@@ -63,6 +64,8 @@ struct Tile {
   static constexpr uint32_t kHeight = kHeight_;
   static constexpr int kMost = kMost_;
   static constexpr uint32_t kPanels = kPanels_;
+  // With so few tokens the kernel may be alone.
+  static constexpr bool kMayBeAlone = kMost <= 64;
   static constexpr uint32_t kRows = kGroups * kHeight * kBlockRows;
   static constexpr uint32_t kPanelBytes = kRows * kRowBytes;  // of weights
 };
@@ -80,7 +83,7 @@ struct Config {
   uint32_t token_tile;  // most tokens of a tile
   uint32_t stages;
   uint32_t shared_bytes;
-  bool combines;  // the kernel sums up, and no other launch is needed
+  bool alone;  // the kernel sorts pairs and sums up, and no other launch is needed for that
 };
 
 struct Problem {
@@ -90,17 +93,17 @@ struct Problem {
   uint64_t shared_limit;  // bytes a block may have
 };
 
-// Up to so many tokens the kernel combines: what a warpgroup then does for 64 columns takes a microsecond or two, less
-// than another launch.
-constexpr uint64_t kMostCombined = 64;
+// Up to so many tokens the kernel permutes and combines: every block sorts all pairs, and a warpgroup sums up 64
+// columns, each in a microsecond or two, less than another launch.
+constexpr uint64_t kMostAlone = 64;
 
 constexpr uint64_t least(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
 
 // Shared memory beside the stages: results on their way out, the queue of items, the schedule, barriers.
-constexpr uint64_t fixed_bytes(uint64_t groups, uint64_t experts) {
-  return groups * kOutBytes + (32 + 16) * kQueue + 4 * 2 * (experts + 1);
+constexpr uint64_t fixed_bytes(uint64_t groups, uint64_t experts, uint64_t pairs_here) {
+  return groups * kOutBytes + (32 + 16) * kQueue + 4 * 2 * (experts + 1 + pairs_here);
 }
 constexpr uint64_t kStageBarriers = 16;
 
@@ -111,10 +114,11 @@ constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
   config.rows = Shape::kRows;
   config.token_tile = static_cast<uint32_t>(least(token_tile, Shape::kMost));
   const uint64_t stage = uint64_t{Shape::kPanels} * kRowBytes * (Shape::kRows + config.token_tile);
-  const uint64_t fixed = fixed_bytes(Shape::kGroups, problem.experts);
+  config.alone = problem.tokens <= kMostAlone;
+  const uint64_t pairs_here = config.alone ? problem.tokens * problem.topk : 0;
+  const uint64_t fixed = fixed_bytes(Shape::kGroups, problem.experts, pairs_here);
   config.stages = static_cast<uint32_t>(least((problem.shared_limit - fixed) / (stage + kStageBarriers), kMostStages));
   config.shared_bytes = static_cast<uint32_t>(fixed + config.stages * (stage + kStageBarriers));
-  config.combines = problem.tokens <= kMostCombined;
   return config;
 }
 

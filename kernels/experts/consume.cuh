@@ -90,17 +90,18 @@ __device__ __forceinline__ void consume(const Args& args, const Pipeline<Shape>&
     queue.advance(kQueue);
     if (item.phase == kNoItem) return;
 
-    if (item.phase == kSum) {
+    if (Shape::kMayBeAlone && item.phase == kSum) {
       // 64 columns of a few tokens for each warpgroup; kHeight times 64 columns are a part of the second product.
       const uint32_t unit = item.weight_tile * Shape::kGroups + group;
       const uint32_t blocks = (args.hidden - 1) / kBlockRows + 1;
       const uint32_t block = unit % blocks;
-      if (signals) {
-        while (ptx::ld_acquire(args.summed + block / Shape::kHeight) < item.token_tile) {
+      combine_columns(args, pipeline.inverse, block * kBlockRows, unit / blocks * kSumTokens, [&] {
+        if (signals) {
+          while (ptx::ld_acquire(args.summed + block / Shape::kHeight) < item.token_tile) {
+          }
         }
-      }
-      ptx::named_barrier(kGroupBarrier + group, 128);
-      combine_columns(args, block * kBlockRows, unit / blocks * kSumTokens);
+        ptx::named_barrier(kGroupBarrier + group, 128);
+      });
       continue;
     }
 
@@ -109,12 +110,10 @@ __device__ __forceinline__ void consume(const Args& args, const Pipeline<Shape>&
     // The second product's tokens are read by the copy engine.
     if (item.phase == kGate) ptx::fence_global_proxy();
     ptx::named_barrier(kGroupBarrier + group, 128);
-    if (item.dry != 0) {
-      if (item.phase == kDown) ptx::wait_for_prerequisites();
-    } else if (signals) {
+    if (signals) {
       if (item.phase == kGate) {
         ptx::red_release_add(args.gated + item.token_tile, 1);
-      } else if (args.sum_tiles > 0) {
+      } else if (Shape::kMayBeAlone && args.sum_tiles > 0) {
         ptx::red_release_add(args.summed + item.weight_tile * Shape::kGroups + group, 1);
       }
     }

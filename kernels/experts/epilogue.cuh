@@ -117,25 +117,47 @@ __device__ __forceinline__ void store_down(const Args& args, const Item& item, c
 // Tokens that a warpgroup sums up at a time: eight threads for 64 columns of each.
 constexpr uint32_t kSumTokens = 16;
 
-// out[t] = sum_k weights[t, k] * y[inverse[t, k]] in 64 columns of 16 tokens, by one warpgroup. k ascends.
-__device__ __forceinline__ void combine_columns(const Args& args, uint32_t first_column, uint32_t first_token) {
+// out[t] = sum_k weights[t, k] * y[inverse[t, k]] in 64 columns of 16 tokens, by one warpgroup. k ascends. `wait_for_y`
+// returns once y is complete in these columns; the whole warpgroup calls it.
+template <class Wait>
+__device__ __forceinline__ void combine_columns(const Args& args, const int32_t* inverse, uint32_t first_column,
+                                                uint32_t first_token, const Wait& wait_for_y) {
+  constexpr uint32_t kAtOnce = 8;
   const uint32_t thread = threadIdx.x % 128;
   const uint32_t column = first_column + thread % 8 * kVector;
   const uint32_t token = first_token + thread / 8;
-  if (column >= args.hidden || token >= args.num_tokens) return;
+  const bool inside = column < args.hidden && token < args.num_tokens;
+  const uint32_t first = token * args.topk;
   float sum[kVector] = {};
-#pragma unroll 8
-  for (uint32_t k = 0; k < args.topk; ++k) {
-    const uint32_t row = static_cast<uint32_t>(args.inverse[token * args.topk + k]);
-    const float weight = args.weights[token * args.topk + k];
-    if (row >= args.num_rows) continue;
-    float value[kVector];
-    // Other blocks wrote it: past the first-level cache.
-    unpack(value, __ldcg(reinterpret_cast<const uint4*>(args.y + uint64_t{row} * args.hidden + column)));
+  for (uint32_t base = 0; base < args.topk; base += kAtOnce) {
+    // Where to look is known before there is anything to see.
+    uint32_t row[kAtOnce];
+    float weight[kAtOnce];
 #pragma unroll
-    for (uint32_t i = 0; i < kVector; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
+    for (uint32_t i = 0; i < kAtOnce; ++i) {
+      const bool there = inside && base + i < args.topk;
+      row[i] = there ? static_cast<uint32_t>(inverse[first + base + i]) : args.num_rows;
+      weight[i] = there ? args.weights[first + base + i] : 0.0f;
+    }
+    if (base == 0) wait_for_y();
+    uint4 packed[kAtOnce];
+#pragma unroll
+    for (uint32_t i = 0; i < kAtOnce; ++i) {
+      // Other blocks wrote it: past the first-level cache.
+      if (row[i] < args.num_rows) {
+        packed[i] = __ldcg(reinterpret_cast<const uint4*>(args.y + uint64_t{row[i]} * args.hidden + column));
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kAtOnce; ++i) {
+      if (row[i] >= args.num_rows) continue;
+      float value[kVector];
+      unpack(value, packed[i]);
+#pragma unroll
+      for (uint32_t j = 0; j < kVector; ++j) sum[j] = fmaf(weight[i], value[j], sum[j]);
+    }
   }
-  *reinterpret_cast<uint4*>(args.out + uint64_t{token} * args.hidden + column) = pack(sum);
+  if (inside) *reinterpret_cast<uint4*>(args.out + uint64_t{token} * args.hidden + column) = pack(sum);
 }
 
 }  // namespace anabranch::experts

@@ -8,8 +8,8 @@
 
 namespace anabranch::experts {
 
-// Launches the expert products, and the combine where `config.combines`. Everything but the tensor maps and what
-// follows from `config` is set in `args`, whose progress is zero when the kernel begins.
+// Launches the expert products, and with few tokens (`config.alone`) the permutation and the combine. Everything but
+// the tensor maps and what follows from `config` is set in `args`, whose progress is zero when the kernel begins.
 AnabranchStatus launch_sm90(const Config& config, Args args, const void* gate_up, const void* down,
                             cudaStream_t stream);
 

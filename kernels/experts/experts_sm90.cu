@@ -3,7 +3,7 @@
 //   h[r] = silu(x[t] W_gate^T) * (x[t] W_up^T),   y[r] = h[r] W_down^T     r: permuted row of a pair of token t
 //   out[t] = sum_k weights[t, k] y[inverse[t, k]]                        where asked for (few tokens)
 //
-//   x [T, d], gate_up [E, 2n, d], down [E, d, n] bf16, offsets [E + 1], slots [R], inverse [T, K], weights [T, K]
+//   x [T, d], gate_up [E, 2n, d], down [E, d, n] bf16, ids [T, K] or their permutation, weights [T, K]
 //   -> h [R, n], y [R, d], out [T, d] bf16. Sums in float32, in an order that depends on d and n alone.
 //
 // Reference: anabranch::reference::grouped_gemm, ::combine. Architecture: 9.0a (TMA, wgmma, setmaxnreg). Alignment: 16
@@ -31,9 +31,9 @@ namespace {
 // Registers a thread: the block begins with 64 Ki of them over all its threads, 168 each, and the
 // producers leave some of theirs to the consumers.
 template <class Shape>
-constexpr int kProducerRegisters = Shape::kMost > 64 ? 40 : 56;
+constexpr int kProducerRegisters = 56;
 template <class Shape>
-constexpr int kConsumerRegisters = Shape::kMost > 64 ? 232 : 224;
+constexpr int kConsumerRegisters = 224;
 
 // While the launches before are at work: brings tokens to the second-level cache, so that they do not wait behind all
 // blocks' weights later, and where nearly every expert will have tokens, the weights that are read first.
@@ -61,14 +61,25 @@ __global__ void __launch_bounds__(128 * (Shape::kGroups + 1), 1) run_experts(con
     ptx::prefetch_tensor_map(&args.down);
     ptx::prefetch_tensor_map(&args.gated_map);
   }
-  __syncthreads();
   warm_cache(args);
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
+  if (Shape::kMayBeAlone && args.places) {
+    permute::Args pairs = args.pairs;
+    pairs.offsets = pipeline.offsets;
+    pairs.slots = pipeline.slots;
+    pairs.inverse = pipeline.inverse;
+    permute::place_rows(pairs, 0, 1, pipeline.scratch);
+    // Written by ordinary stores, and by the copy engine next.
+    ptx::fence_shared_proxy();
+  }
+  __syncthreads();
   if (threadIdx.x < 128) {
     ptx::register_dealloc<kProducerRegisters<Shape>>();
     if (threadIdx.x < kWarpSize) {
       WeightLoader<Shape>(args, pipeline).run();
     } else {
-      bring_tokens<Shape>(args, pipeline);
+      TokenLoader<Shape>(args, pipeline).run();
     }
   } else {
     ptx::register_alloc<kConsumerRegisters<Shape>>();
@@ -118,11 +129,14 @@ AnabranchStatus make_maps(Args& args, const void* gate_up, const void* down, uin
 template <class Shape>
 AnabranchStatus launch(const Config& config, Args& args, const void* gate_up, const void* down, cudaStream_t stream) {
   args.token_tile = config.token_tile;
+  args.places = config.alone;
+  constexpr uint32_t kWarps = 4 * (Shape::kGroups + 1);
+  args.pairs.pairs_a_warp = ((args.num_rows - 1) / (kWarpSize * kWarps) + 1) * kWarpSize;
   args.stages = config.stages;
   args.gate_tiles = (args.intermediate - 1) / (Shape::kRows / 2) + 1;
   args.down_tiles = (args.hidden - 1) / Shape::kRows + 1;
   const uint32_t sums = ((args.hidden - 1) / kBlockRows + 1) * ((args.num_tokens - 1) / kSumTokens + 1);
-  args.sum_tiles = config.combines ? (sums - 1) / Shape::kGroups + 1 : 0;
+  args.sum_tiles = config.alone ? (sums - 1) / Shape::kGroups + 1 : 0;
   args.h_rows = args.token_tile % 16 == 0 ? 16 : 8;
   ANABRANCH_TRY(make_maps(args, gate_up, down, Shape::kRows));
   // A part of the second-level cache's 50 MB, and no more than there is.
@@ -139,17 +153,12 @@ AnabranchStatus launch(const Config& config, Args& args, const void* gate_up, co
   const auto kernel = run_experts<Shape>;
   ANABRANCH_TRY(checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(config.shared_bytes))));
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch = {};
   launch.gridDim = static_cast<uint32_t>(blocks);
   launch.blockDim = 128 * (Shape::kGroups + 1);
   launch.dynamicSmemBytes = config.shared_bytes;
   launch.stream = stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = 1;
-  return checked(cudaLaunchKernelEx(&launch, kernel, args));
+  return launch_overlapping(kernel, launch, args);
 }
 
 }  // namespace

@@ -6,9 +6,8 @@
 
 namespace anabranch::experts {
 
-// Threads that gather rows of tokens: the first warpgroup without its first warp, which brings the weights.
-constexpr uint32_t kGatherWarps = 3;
-constexpr uint32_t kGatherThreads = kGatherWarps * kWarpSize;
+// Warps that load tokens: the first warpgroup without its first warp, which brings the weights.
+constexpr uint32_t kTokenWarps = 3;
 
 // Numbers of the block's named barriers; 0 is __syncthreads'.
 constexpr uint32_t kGroupBarrier = 1;  // and following, one a consumer warpgroup
@@ -45,6 +44,11 @@ struct Pipeline {
   uint32_t item_empty;  // [kQueue]
   Item* items;          // [kQueue]
   uint32_t* words;      // the schedule's
+  uint32_t* scratch;    // the stages, while nothing else is in them
+  // The permutation, in shared memory if it is the block's own.
+  uint32_t* offsets;  // [E + 1]
+  uint32_t* slots;    // [R]
+  int32_t* inverse;   // [T, K]
 
   __device__ __forceinline__ Pipeline(char* shared, const Args& args) {
     panel_bytes = args.token_tile * kRowBytes;
@@ -61,17 +65,26 @@ struct Pipeline {
     empty = full + 8 * args.stages;
     used += 8 * (2 * kQueue + 2 * args.stages);
     words = reinterpret_cast<uint32_t*>(shared + used);
+    scratch = reinterpret_cast<uint32_t*>(shared);
+    offsets = args.pairs.offsets;
+    slots = args.pairs.slots;
+    inverse = args.pairs.inverse;
+    if (Shape::kMayBeAlone && args.places) {
+      offsets = words;
+      slots = words + 2 * (args.num_experts + 1);
+      inverse = reinterpret_cast<int32_t*>(slots + args.num_rows);
+    }
   }
 
   // One thread calls, before anybody waits.
   __device__ __forceinline__ void init(uint32_t num_stages) const {
     for (uint32_t i = 0; i < num_stages; ++i) {
-      ptx::mbarrier_init(full + 8 * i, 1 + kGatherWarps);
+      ptx::mbarrier_init(full + 8 * i, 2);  // the weights' warp and one of the tokens'
       ptx::mbarrier_init(empty + 8 * i, Shape::kGroups);
     }
     for (uint32_t i = 0; i < kQueue; ++i) {
       ptx::mbarrier_init(item_full + 8 * i, 1);
-      ptx::mbarrier_init(item_empty + 8 * i, kGatherWarps + Shape::kGroups);
+      ptx::mbarrier_init(item_empty + 8 * i, kTokenWarps + Shape::kGroups);
     }
     ptx::fence_mbarrier_init();
   }

@@ -5,7 +5,6 @@
 #include "experts/pipeline.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/gpu_scope.cuh"
-#include "ptx/grid_dependency.cuh"
 #include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
 
@@ -14,7 +13,6 @@ namespace anabranch::experts {
 template <class Shape>
 __device__ __forceinline__ uint32_t steps_of(const Args& args, const Item& item) {
   constexpr uint32_t kColumns = Shape::kPanels * kDepth;
-  if (item.dry != 0) return 1;
   return ((item.phase == kGate ? args.hidden : args.intermediate) + kColumns - 1) / kColumns;
 }
 
@@ -26,16 +24,10 @@ class WeightLoader {
       : args_(args), pipeline_(pipeline) {}
 
   __device__ __forceinline__ void run() {
-    // While the launches before are at work: one step of either product without results. It brings code, tensor maps
-    // and pages to where they are found quickly; cold, each is a wait of its own.
-    Item item = {};
-    item.dry = 1;
-#pragma unroll 1
-    for (item.phase = kGate; item.phase <= kDown; ++item.phase) load(item);
-    ptx::wait_for_prerequisites();
     Schedule schedule(args_, pipeline_.words);
     ask();
-    schedule.read();
+    schedule.read(pipeline_.offsets);
+    Item item;
     do {
       item = schedule.at(__shfl_sync(kFullWarp, number_, 0));
       load(item);
@@ -57,7 +49,7 @@ class WeightLoader {
     queue_.advance(kQueue);
     if (item.phase == kNoItem) return;
     // The next item's number is on its way while this one's weights are.
-    if (item.dry == 0) ask();
+    ask();
     if (threadIdx.x == 0 && item.phase != kSum) load_weights(item);
     __syncwarp();
   }
@@ -92,164 +84,127 @@ class WeightLoader {
   uint32_t number_ = 0;
 };
 
-// A warp's copies into stages of the ring. They are announced by one arrival a warp, once they are done: an arrival a
-// thread would cost shared memory more than the copies do. To keep copies in flight a stage is announced after the next
-// one's are issued, or as soon as there is nothing else to do.
+// Three warps load tokens, each every third stage: a warp waits for its copies to arrive while the others issue theirs.
+// One arrival announces a stage; one of each thread would cost shared memory more than the copies do.
 template <class Shape>
-class Announcer {
+class TokenLoader {
  public:
-  __device__ __forceinline__ explicit Announcer(const Pipeline<Shape>& pipeline) : pipeline_(pipeline) {}
+  __device__ __forceinline__ TokenLoader(const Args& args, const Pipeline<Shape>& pipeline)
+      : args_(args), pipeline_(pipeline), turn_(threadIdx.x / kWarpSize - 1) {}
 
-  // The copies of stage `index` have been issued.
-  __device__ __forceinline__ void issued(uint32_t index) {
-    ptx::cp_async_commit();
-    if (pending_ != kNone) {
-      ptx::cp_async_wait<1>();
-      arrive();
+  __device__ __forceinline__ void run() {
+    Position queue;
+    while (true) {
+      wait(pipeline_.item_full + 8 * queue.index, queue.parity);
+      const Item item = pipeline_.items[queue.index];
+      __syncwarp();
+      if (lane() == 0) ptx::mbarrier_arrive(pipeline_.item_empty + 8 * queue.index);
+      queue.advance(kQueue);
+      if (item.phase == kNoItem) return;
+      if (item.phase == kGate) gather(item);
+      if (item.phase == kDown) bring_gated(item);
     }
-    pending_ = index;
-  }
-
-  // Before this warp waits for anything that could, in the end, wait for what it has issued.
-  __device__ __forceinline__ void flush() {
-    if (pending_ == kNone) return;
-    ptx::cp_async_wait<0>();
-    arrive();
-    pending_ = kNone;
-  }
-
-  // Waits for a barrier's phase, announcing first unless it is over already.
-  __device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
-    if (__all_sync(kFullWarp, ptx::mbarrier_test_wait(barrier, parity))) return;
-    flush();
-    wait(barrier, parity);
   }
 
  private:
-  static constexpr uint32_t kNone = 0xffffffffu;
+  static constexpr uint32_t kLanesARow = 4;
+  static constexpr uint32_t kRowsAtOnce = kWarpSize / kLanesARow;
+  static constexpr uint32_t kRowsALane = Shape::kMost / kRowsAtOnce;
 
-  __device__ __forceinline__ void arrive() {
-    // Written by ordinary copies, read by the asynchronous proxy.
-    ptx::fence_shared_proxy();
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(pipeline_.full + 8 * pending_);
-  }
+  __device__ __forceinline__ static uint32_t lane() { return threadIdx.x % kWarpSize; }
 
-  const Pipeline<Shape>& pipeline_;
-  uint32_t pending_ = kNone;
-};
-
-// Rows of x that the permutation picks. Eight threads copy a row's 128 bytes; such a team has up to 16 rows one after
-// another. Rows past the tile's last hold anything: what a product makes of them is not stored.
-template <class Shape>
-__device__ __forceinline__ void gather_rows(const Args& args, const Pipeline<Shape>& pipeline, const Item& item,
-                                            Announcer<Shape>& announcer, Position& stage) {
-  constexpr uint32_t kTeams = kGatherThreads / 8;
-  constexpr uint32_t kRowsATeam = (Shape::kMost + kTeams * 4 - 1) / (kTeams * 4) * 4;
-  const uint32_t thread = threadIdx.x - kWarpSize;
-  // A team's first row is a multiple of four: so is its place in the swizzle's eight.
-  const uint32_t rows = (item.rows + kTeams * 4 - 1) / (kTeams * 4) * 4;
-  const uint32_t first = thread / 8 * rows;
-  const uint32_t count = min(rows, item.rows - min(item.rows, first));
-  // Where each row begins, in 16 bytes.
-  uint32_t begin[kRowsATeam];
-#pragma unroll
-  for (uint32_t i = 0; i < kRowsATeam; ++i) begin[i] = i < count ? args.slots[item.first_row + first + i] : 0;
-#pragma unroll
-  for (uint32_t i = 0; i < kRowsATeam; ++i) {
-    // A slot that leads nowhere reads the first token: its row is not one of a token's.
-    const uint32_t token = begin[i] / args.topk;
-    begin[i] = (token < args.num_tokens ? token : 0) * (args.hidden / 8) + thread % 8;
-  }
-
-  const uint32_t steps = steps_of<Shape>(args, item);
-  const char* from = reinterpret_cast<const char*>(args.x);
-  // Of a row, chunk c stands at place c ^ row % 8.
-  const uint32_t place = first * kRowBytes + (thread % 8 ^ first % 8) * 16;
-  uint32_t chunk = thread % 8;
-  for (uint32_t step = 0; step < steps; ++step) {
-    announcer.wait_for(pipeline.empty + 8 * stage.index, stage.parity ^ 1);
-    uint32_t to = pipeline.stages + stage.index * pipeline.stage_bytes + Shape::kPanels * Shape::kPanelBytes + place;
-#pragma unroll
-    for (uint32_t panel = 0; panel < Shape::kPanels; ++panel) {
-      const bool inside = chunk < args.hidden / 8;
-#pragma unroll
-      for (uint32_t base = 0; base < kRowsATeam; base += 4) {
-        if (base >= count) break;
-#pragma unroll
-        for (uint32_t i = base; i < base + 4; ++i) {
-          if (i < count) ptx::cp_async_16((to ^ i % 8 * 16) + i * kRowBytes, from + uint64_t{begin[i]} * 16, inside);
-        }
+  // Calls `load(step, full barrier, address of the stage's tokens)` for those of the item's steps that are this warp's,
+  // once their stage is free.
+  template <class Load>
+  __device__ __forceinline__ void for_my_steps(const Item& item, const Load& load) {
+    const uint32_t steps = steps_of<Shape>(args_, item);
+    for (uint32_t step = 0; step < steps; ++step) {
+      if (turn_ == 0) {
+        wait(pipeline_.empty + 8 * stage_.index, stage_.parity ^ 1);
+        // A lane that fell behind by a turn of the ring would take the barrier's phase for the one before.
+        __syncwarp();
+        load(step, pipeline_.full + 8 * stage_.index,
+             pipeline_.stages + stage_.index * pipeline_.stage_bytes + Shape::kPanels * Shape::kPanelBytes);
       }
-      chunk += 8;
-      from += kRowBytes;
-      to += pipeline.panel_bytes;
+      turn_ = turn_ == 0 ? kTokenWarps - 1 : turn_ - 1;
+      stage_.advance(args_.stages);
     }
-    announcer.issued(stage.index);
-    stage.advance(args.stages);
   }
-}
 
-// Rows of h, one after another: the copy engine's work again, a lane of each warp asking for every third box. They are
-// read once all their columns are written.
-template <class Shape>
-__device__ __forceinline__ void bring_gated(const Args& args, const Pipeline<Shape>& pipeline, const Item& item,
-                                            Announcer<Shape>& announcer, Position& stage) {
-  announcer.flush();
-  const uint32_t warp = threadIdx.x / kWarpSize - 1;
-  const uint32_t all = args.gate_tiles * Shape::kGroups;
-  const uint32_t boxes = (item.rows + args.h_rows - 1) / args.h_rows;
-  const uint32_t mine = (boxes + kGatherWarps - 1 - warp) / kGatherWarps;
-  const uint32_t box_bytes = args.h_rows * kRowBytes;
-  const uint32_t steps = steps_of<Shape>(args, item);
-  const bool leads = threadIdx.x % kWarpSize == 0;
-  if (leads && item.dry == 0) {
-    while (ptx::ld_acquire(args.gated + item.token_tile) < all) {
+  // Rows of x that the permutation picks. Four lanes copy a row's 128 bytes in two halves, eight rows at once: a lane
+  // then has few rows to remember, and always the same place in the swizzle's eight. Rows past the tile's last hold
+  // anything: what a product makes of them is not stored.
+  __device__ __forceinline__ void gather(const Item& item) {
+    // Where each row begins, in 16 bytes.
+    uint32_t begin[kRowsALane];
+#pragma unroll
+    for (uint32_t i = 0; i < kRowsALane; ++i) {
+      const uint32_t row = i * kRowsAtOnce + lane() / kLanesARow;
+      const uint32_t token = row < item.rows ? pipeline_.slots[item.first_row + row] / args_.topk : 0;
+      // A slot that leads nowhere reads the first token: its row is not one of a token's.
+      begin[i] = (token < args_.num_tokens ? token : 0) * (args_.hidden / 8);
     }
-    // Written by ordinary stores, read by the copy engine.
-    ptx::fence_global_proxy();
-  }
-  uint32_t column = 0;
-  for (uint32_t step = 0; step < steps; ++step) {
-    if (leads) {
-      const uint32_t full = pipeline.full + 8 * stage.index;
-      wait(pipeline.empty + 8 * stage.index, stage.parity ^ 1);
-      ptx::mbarrier_arrive_expect(full, Shape::kPanels * mine * box_bytes);
-      uint32_t to = pipeline.stages + stage.index * pipeline.stage_bytes + Shape::kPanels * Shape::kPanelBytes;
+    // Of a row, chunk c stands at place c ^ row % 8.
+    const uint32_t place = lane() / kLanesARow * kRowBytes + (lane() % kLanesARow ^ lane() / kLanesARow) * 16;
+    for_my_steps(item, [&](uint32_t step, uint32_t full, uint32_t to) {
+      uint32_t chunk = step * Shape::kPanels * (kDepth / 8) + lane() % kLanesARow;
+      to += place;
 #pragma unroll
       for (uint32_t panel = 0; panel < Shape::kPanels; ++panel) {
-        for (uint32_t box = warp; box < boxes; box += kGatherWarps) {
-          ptx::tensor_copy_2d(to + box * box_bytes, &args.gated_map, full, column, item.first_row + box * args.h_rows);
+        const bool low = chunk < args_.hidden / 8;
+        const bool high = chunk + kLanesARow < args_.hidden / 8;
+        const uint4* from = reinterpret_cast<const uint4*>(args_.x) + chunk;
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsALane; ++i) {
+          if (i * kRowsAtOnce >= item.rows) break;
+          const uint4* row = from + begin[i];
+          ptx::cp_async_16(to + i * kRowsAtOnce * kRowBytes, row, low);
+          ptx::cp_async_16((to ^ kLanesARow * 16) + i * kRowsAtOnce * kRowBytes, row + kLanesARow, high);
+        }
+        chunk += kDepth / 8;
+        to += pipeline_.panel_bytes;
+      }
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      // Written by ordinary copies, read by the asynchronous proxy.
+      ptx::fence_shared_proxy();
+      __syncwarp();
+      if (lane() == 0) ptx::mbarrier_arrive(full);
+    });
+  }
+
+  // Rows of h, one after another: the copy engine's work again. They are read once all their columns are written.
+  __device__ __forceinline__ void bring_gated(const Item& item) {
+    const uint32_t all = args_.gate_tiles * Shape::kGroups;
+    const uint32_t boxes = (item.rows + args_.h_rows - 1) / args_.h_rows;
+    const uint32_t box_bytes = args_.h_rows * kRowBytes;
+    if (lane() == 0) {
+      while (ptx::ld_acquire(args_.gated + item.token_tile) < all) {
+      }
+      // Written by ordinary stores, read by the copy engine.
+      ptx::fence_global_proxy();
+    }
+    for_my_steps(item, [&](uint32_t step, uint32_t full, uint32_t to) {
+      if (lane() != 0) return;
+      ptx::mbarrier_arrive_expect(full, Shape::kPanels * boxes * box_bytes);
+      uint32_t column = step * Shape::kPanels * kDepth;
+#pragma unroll
+      for (uint32_t panel = 0; panel < Shape::kPanels; ++panel) {
+        for (uint32_t box = 0; box < boxes; ++box) {
+          ptx::tensor_copy_2d(to + box * box_bytes, &args_.gated_map, full, column,
+                              item.first_row + box * args_.h_rows);
         }
         column += kDepth;
-        to += pipeline.panel_bytes;
+        to += pipeline_.panel_bytes;
       }
-    }
-    stage.advance(args.stages);
-  }
-  __syncwarp();
-}
-
-// Loads each item's tokens.
-template <class Shape>
-__device__ __forceinline__ void bring_tokens(const Args& args, const Pipeline<Shape>& pipeline) {
-  Announcer<Shape> announcer(pipeline);
-  Position stage;
-  Position queue;
-  while (true) {
-    announcer.wait_for(pipeline.item_full + 8 * queue.index, queue.parity);
-    const Item item = pipeline.items[queue.index];
+    });
     __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(pipeline.item_empty + 8 * queue.index);
-    queue.advance(kQueue);
-    if (item.phase == kNoItem) break;
-    if (item.phase == kGate) gather_rows(args, pipeline, item, announcer, stage);
-    if (item.phase == kDown) bring_gated(args, pipeline, item, announcer, stage);
-    // Copies of the dry items are announced before: the warp that brings weights may wait for their stages.
-    if (item.dry != 0) announcer.flush();
-    if (item.dry != 0 && item.phase == kDown) ptx::wait_for_prerequisites();
   }
-  announcer.flush();
-}
+
+  const Args& args_;
+  const Pipeline<Shape>& pipeline_;
+  Position stage_;
+  uint32_t turn_;  // steps until the next that is this warp's
+};
 
 }  // namespace anabranch::experts

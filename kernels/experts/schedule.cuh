@@ -26,7 +26,6 @@ struct alignas(16) Item {
   uint32_t rows;         // 0 to token_tile
   uint32_t weight_tile;  // of the product's rows of weights
   uint32_t token_tile;   // of all; with kSum how many tiles there are
-  uint32_t dry;          // not 0: nothing is stored or signalled, the code only runs
 };
 
 class Schedule {
@@ -35,13 +34,13 @@ class Schedule {
   __device__ __forceinline__ Schedule(const Args& args, uint32_t* words)
       : args_(args), offsets_(words), first_tile_(words + args.num_experts + 1), tiles_(0) {}
 
-  // Reads the offsets.
-  __device__ __forceinline__ void read() {
+  // Reads the experts' offsets.
+  __device__ __forceinline__ void read(const uint32_t* offsets) {
     const uint32_t lane = threadIdx.x % kWarpSize;
 #pragma unroll 4
     for (uint32_t expert = lane; expert <= args_.num_experts; expert += kWarpSize) {
       // Offsets past the end would be written through: they are not believed.
-      offsets_[expert] = min(args_.offsets[expert], args_.num_rows);
+      offsets_[expert] = min(offsets[expert], args_.num_rows);
     }
     __syncwarp();
     uint32_t sum = 0;

@@ -1,4 +1,4 @@
-// The few tokens' front of a layer: one block from logits to the permutation.
+// The layer's first launch on Hopper: from logits, or a routing given, to pairs.
 
 #include "moe_layer/front.cuh"
 
@@ -8,23 +8,20 @@
 namespace anabranch::moe_layer {
 namespace {
 
-template <int kValues>
-AnabranchStatus launch(FrontArgs& args, const AnabranchRouterParams& params, cudaStream_t stream) {
-  constexpr uint32_t kWarps = router::Tile<kValues>::kWarps;
-  const uint32_t pitch = args.router.pitch;
-  args.router = router::args_of(params, kValues);
-  args.router.pitch = pitch;
-  const uint32_t pairs = args.permute.num_pairs;
-  args.permute.pairs_a_warp = ((pairs - 1) / (32 * kWarps) + 1) * 32;
+template <class Variant>
+AnabranchStatus launch(FrontArgs& args, uint32_t blocks_wanted, cudaStream_t stream) {
+  constexpr int kValues = Variant::kValues;
+  using Rule = typename Variant::Rule;
+  int multiprocessors = 0;
+  ANABRANCH_TRY(checked(anabranch::multiprocessors(&multiprocessors)));
+  const uint32_t most = static_cast<uint32_t>(multiprocessors) * Rule::blocks_per_sm(kValues);
   const bool group_scores = args.router.groups.count > 1 && args.router.groups.lanes == 0;
-  const uint32_t route_words = router::shared_words<kValues>(group_scores);
-  const uint32_t place_words = (kWarps + 2) * args.permute.num_experts;
   cudaLaunchConfig_t config = {};
-  config.gridDim = 1;
+  config.gridDim = blocks_wanted < most ? blocks_wanted : most;
   config.blockDim = router::Tile<kValues>::kThreads;
-  config.dynamicSmemBytes = 4 * (route_words > place_words ? route_words : place_words);
+  config.dynamicSmemBytes = 4 * router::shared_words<kValues>(group_scores);
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, route_and_place<kValues>, args));
+  return launch_overlapping(route_pairs<kValues, Rule>, config, args);
 }
 
 }  // namespace
@@ -40,7 +37,6 @@ AnabranchStatus launch_front(const AnabranchMoeLayerParams& params, const Sizes&
   routed.topk_ids = workspace.ids;
   routed.topk_weights = workspace.weights;
   FrontArgs args = {};
-  args.router.pitch = static_cast<uint32_t>(sizes.topk);
   if (params.logits == nullptr) {
     args.given_ids = params.topk_ids;
     args.given_weights = params.topk_weights;
@@ -48,24 +44,16 @@ AnabranchStatus launch_front(const AnabranchMoeLayerParams& params, const Sizes&
     args.routed_ids = params.topk_ids != nullptr ? params.topk_ids : workspace.routed_ids;
     args.routed_weights = params.topk_weights != nullptr ? params.topk_weights : workspace.routed_weights;
   }
-  args.permute.ids = workspace.ids;
-  args.permute.offsets = workspace.offsets;
-  args.permute.slots = workspace.slots;
-  args.permute.inverse = workspace.inverse;
-  args.permute.num_pairs = static_cast<uint32_t>(sizes.pairs());
-  args.permute.num_experts = static_cast<uint32_t>(sizes.experts);
   args.shared_gate = params.shared_gate;
   args.progress = workspace.progress;
   args.progress_words = static_cast<uint32_t>(progress_words);
   args.shared = shape.num_shared;
-  // Values a lane: as the router's own launches have it.
-  const uint32_t experts = shape.routing.num_experts;
-  if (experts <= 32) return launch<1>(args, routed, stream);
-  if (experts <= 64) return launch<2>(args, routed, stream);
-  if (experts <= 128) return launch<4>(args, routed, stream);
-  if (experts <= 256) return launch<8>(args, routed, stream);
-  if (experts <= 512) return launch<16>(args, routed, stream);
-  return launch<32>(args, routed, stream);
+  return router::with_variant(routed, [&](auto variant, const router::Args& router) {
+    args.router = router;
+    args.router.pitch = static_cast<uint32_t>(sizes.topk);
+    constexpr uint32_t kWarps = router::Tile<decltype(variant)::kValues>::kWarps;
+    return launch<decltype(variant)>(args, (router.num_tokens - 1) / kWarps + 1, stream);
+  });
 }
 
 }  // namespace anabranch::moe_layer

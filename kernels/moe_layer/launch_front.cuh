@@ -6,7 +6,7 @@
 
 namespace anabranch::moe_layer {
 
-// Routes and sorts a few tokens, into what `workspace` points to, and clears its progress.
+// Routes every token, or takes the routing given, into pairs of `workspace`, and clears its progress.
 AnabranchStatus launch_front(const AnabranchMoeLayerParams& params, const Sizes& sizes, const Workspace& workspace,
                              uint64_t progress_words, cudaStream_t stream);
 

@@ -88,7 +88,7 @@ struct Plan {
   uint64_t permute_bytes;
   uint64_t workspace_bytes;
   uint32_t blocks;
-  bool fronts;  // one block routes and sorts
+  bool fronts;  // one launch does all that comes before the permutation: nothing is dropped
 };
 
 // Words of progress: the counter of items has a line of its own, then token tiles, then 64 columns of the result each.
@@ -111,8 +111,7 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
     plan->progress_words = kCounterWords + plan->token_tiles + (sizes.hidden - 1) / experts::kBlockRows + 8;
     plan->blocks = static_cast<uint32_t>(device.multiprocessors);
     const uint64_t capacity = shape.routing.expert_capacity;
-    plan->fronts = plan->experts.combines && (capacity == 0 || capacity >= num_tokens) &&
-                   shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
+    plan->fronts = (capacity == 0 || capacity >= num_tokens) && shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
   }
   ANABRANCH_TRY(permute_bytes_of(sizes, &plan->permute_bytes));
   Parts parts(nullptr);
@@ -123,11 +122,10 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
 }
 
 uint32_t launches_of(const AnabranchMoeShape& shape, const Plan& plan) {
-  // Router, permute.
-  uint32_t launches = 2 + (plan.permute_bytes > 0 ? 1 : 0) + (shape.num_shared > 0 ? 1 : 0);
-  if (plan.arch == ANABRANCH_ARCH_SM80) return launches + 3;
-  if (plan.fronts) return 2;
-  return launches + (plan.experts.combines ? 1 : 2);
+  const uint32_t before = plan.fronts ? 1 : 1 + (shape.num_shared > 0 ? 1 : 0);
+  const uint32_t permute = 1 + (plan.permute_bytes > 0 ? 1 : 0);
+  if (plan.arch == ANABRANCH_ARCH_SM80) return before + permute + 3;
+  return plan.experts.alone ? before + 1 : before + permute + 2;
 }
 
 AnabranchStatus check(const AnabranchMoeLayerParams& params, const Plan& plan) {
@@ -251,13 +249,16 @@ AnabranchStatus experts_sm90(const AnabranchMoeLayerParams& params, const Sizes&
                              const Workspace& workspace, cudaStream_t stream) {
   experts::Args args = {};
   args.x = static_cast<const uint16_t*>(params.x);
-  args.offsets = workspace.offsets;
-  args.slots = workspace.slots;
-  args.inverse = workspace.inverse;
+  args.pairs.ids = workspace.ids;
+  args.pairs.offsets = workspace.offsets;
+  args.pairs.slots = workspace.slots;
+  args.pairs.inverse = workspace.inverse;
+  args.pairs.num_pairs = static_cast<uint32_t>(sizes.pairs());
+  args.pairs.num_experts = static_cast<uint32_t>(sizes.experts);
   args.weights = workspace.weights;
   args.h = workspace.h;
   args.y = workspace.y;
-  args.out = plan.experts.combines ? static_cast<uint16_t*>(params.out) : nullptr;
+  args.out = plan.experts.alone ? static_cast<uint16_t*>(params.out) : nullptr;
   args.next_item = workspace.progress;
   args.gated = workspace.progress + kCounterWords;
   args.summed = args.gated + plan.token_tiles;
@@ -276,19 +277,21 @@ AnabranchStatus run(const AnabranchMoeLayerParams& params, const Plan& plan, cud
   Workspace workspace(sizes, plan.permute_bytes, plan.progress_words, parts);
   if (plan.fronts) {
     ANABRANCH_TRY(launch_front(params, sizes, workspace, plan.progress_words, stream));
-    return experts_sm90(params, sizes, plan, workspace, stream);
+  } else {
+    if (plan.arch == ANABRANCH_ARCH_SM90) {
+      ANABRANCH_TRY(checked(cudaMemsetAsync(workspace.progress, 0, 4 * plan.progress_words, stream)));
+    }
+    ANABRANCH_TRY(route(params, workspace, stream));
   }
-  if (plan.arch == ANABRANCH_ARCH_SM90) {
-    ANABRANCH_TRY(checked(cudaMemsetAsync(workspace.progress, 0, 4 * plan.progress_words, stream)));
-  }
-  ANABRANCH_TRY(route(params, workspace, stream));
-  ANABRANCH_TRY(permute(sizes, workspace, stream));
   if (plan.arch == ANABRANCH_ARCH_SM80) {
+    ANABRANCH_TRY(permute(sizes, workspace, stream));
     ANABRANCH_TRY(experts_sm80(params, sizes, workspace, stream));
     return combine(params, sizes, workspace, stream);
   }
+  if (plan.experts.alone) return experts_sm90(params, sizes, plan, workspace, stream);
+  ANABRANCH_TRY(permute(sizes, workspace, stream));
   ANABRANCH_TRY(experts_sm90(params, sizes, plan, workspace, stream));
-  return plan.experts.combines ? ANABRANCH_STATUS_OK : combine(params, sizes, workspace, stream);
+  return combine(params, sizes, workspace, stream);
 }
 
 }  // namespace

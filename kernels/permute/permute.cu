@@ -22,9 +22,35 @@
 #include "common/gather.cuh"
 #include "common/launch.cuh"
 #include "permute/place.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::permute {
 namespace {
+
+// counts[block, e]: how many pairs of the block's go to expert e.
+__global__ void __launch_bounds__(1024) count_pairs(const __grid_constant__ Args args) {
+  extern __shared__ uint32_t shared[];  // [E]
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
+  for (uint32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared[e] = 0;
+  __syncthreads();
+  const uint32_t pairs = args.pairs_a_warp * (blockDim.x / kWarpSize);
+  const uint64_t first = uint64_t{blockIdx.x} * pairs;
+  for (uint32_t i = threadIdx.x; i < pairs && first + i < args.num_pairs; i += blockDim.x) {
+    const uint32_t expert = expert_of(args, static_cast<uint32_t>(first) + i);
+    if (expert != kNowhere) atomicAdd(shared + expert, 1u);
+  }
+  __syncthreads();
+  uint32_t* counts = args.counts + blockIdx.x * args.num_experts;
+  for (uint32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) counts[e] = shared[e];
+}
+
+__global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args args) {
+  extern __shared__ uint32_t shared[];
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
+  place_rows(args, blockIdx.x, gridDim.x, shared);
+}
 
 constexpr uint32_t kMaxExperts = 1024;
 constexpr uint32_t kMaxTopk = 32;
@@ -57,8 +83,8 @@ constexpr Shape shape_of(uint32_t pairs, uint32_t experts) {
 
 static_assert(shape_of(0, 8).blocks == 1 && shape_of(kAlone, 8).blocks == 1 && shape_of(kAlone + 1, 8).blocks == 5);
 static_assert(shape_of(1u << 25, 1024).blocks == kMostBlocks && shape_of(1u << 25, 1024).warps == 8);
-static_assert((shape_of(100, 288).warps + 2) * 288 * 4 <= 48 * 1024 && shape_of(100, 256).warps == 32);
-static_assert((shape_of(100, 576).warps + 2) * 576 * 4 <= 48 * 1024 && (8 + 2) * 1024 * 4 <= 48 * 1024);
+static_assert(place_words(shape_of(100, 288).warps, 288) * 4 <= 48 * 1024 && shape_of(100, 256).warps == 32);
+static_assert(place_words(shape_of(100, 576).warps, 576) * 4 <= 48 * 1024 && place_words(8, 1024) * 4 <= 48 * 1024);
 
 AnabranchStatus check_sizes(uint64_t num_tokens, uint32_t topk, uint32_t num_experts) {
   const bool holds = topk >= 1 && topk <= kMaxTopk && num_experts >= 1 && num_experts <= kMaxExperts &&
@@ -107,10 +133,10 @@ AnabranchStatus launch(const AnabranchPermuteParams& params, cudaStream_t stream
   config.stream = stream;
   if (shape.blocks > 1) {
     config.dynamicSmemBytes = 4 * experts;
-    ANABRANCH_TRY(checked(cudaLaunchKernelEx(&config, count_pairs, args)));
+    ANABRANCH_TRY(launch_overlapping(count_pairs, config, args));
   }
-  config.dynamicSmemBytes = 4 * (shape.warps + 2) * experts;
-  return checked(cudaLaunchKernelEx(&config, place_pairs, args));
+  config.dynamicSmemBytes = 4 * place_words(shape.warps, experts);
+  return launch_overlapping(place_pairs, config, args);
 }
 
 AnabranchStatus check_rows(const AnabranchPermuteRowsParams& params) {

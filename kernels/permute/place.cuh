@@ -1,10 +1,9 @@
-// The permutation's two kernels: counts a block, then places.
+// Where pairs go: a block's part of the counting sort.
 #pragma once
 
 #include <cstdint>
 
 #include "common/warp.cuh"
-#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::permute {
 
@@ -19,6 +18,11 @@ struct Args {
   uint32_t pairs_a_warp;  // consecutive ones, a multiple of 32
 };
 
+// Words of shared memory that place_rows needs: a row of E for each warp, two for the block, and the number of rows.
+__host__ __device__ constexpr uint32_t place_words(uint32_t warps, uint32_t experts) {
+  return (warps + 2) * experts + 1;
+}
+
 constexpr uint32_t kNowhere = 0xffffffffu;
 
 // The expert of a pair, kNowhere if it has none or is past the end.
@@ -27,24 +31,9 @@ __device__ __forceinline__ uint32_t expert_of(const Args& args, uint32_t pair) {
   return id < args.num_experts ? id : kNowhere;
 }
 
-// counts[block, e]: how many pairs of the block's go to expert e.
-static __global__ void __launch_bounds__(1024) count_pairs(const __grid_constant__ Args args) {
-  extern __shared__ uint32_t shared[];  // [E]
-  for (uint32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared[e] = 0;
-  __syncthreads();
-  const uint32_t pairs = args.pairs_a_warp * (blockDim.x / kWarpSize);
-  const uint64_t first = uint64_t{blockIdx.x} * pairs;
-  for (uint32_t i = threadIdx.x; i < pairs && first + i < args.num_pairs; i += blockDim.x) {
-    const uint32_t expert = expert_of(args, static_cast<uint32_t>(first) + i);
-    if (expert != kNowhere) atomicAdd(shared + expert, 1u);
-  }
-  __syncthreads();
-  uint32_t* counts = args.counts + blockIdx.x * args.num_experts;
-  for (uint32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) counts[e] = shared[e];
-}
-
 // total[e] of all blocks and before[e] of the blocks before this one. Integer sums: their order does not matter.
-__device__ __forceinline__ void sum_blocks(const Args& args, uint32_t* total, uint32_t* before) {
+__device__ __forceinline__ void sum_blocks(const Args& args, uint32_t block, uint32_t blocks, uint32_t* total,
+                                           uint32_t* before) {
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t warp = threadIdx.x / kWarpSize;
   const uint32_t warps = blockDim.x / kWarpSize;
@@ -52,10 +41,10 @@ __device__ __forceinline__ void sum_blocks(const Args& args, uint32_t* total, ui
     uint32_t all = 0;
     uint32_t earlier = 0;
 #pragma unroll 4
-    for (uint32_t block = warp; block < gridDim.x; block += warps) {
-      const uint32_t count = __ldg(args.counts + block * args.num_experts + e);
+    for (uint32_t other = warp; other < blocks; other += warps) {
+      const uint32_t count = args.counts[other * args.num_experts + e];
       all += count;
-      earlier += block < blockIdx.x ? count : 0;
+      earlier += other < block ? count : 0;
     }
     atomicAdd(total + e, all);
     atomicAdd(before + e, earlier);
@@ -81,8 +70,8 @@ __device__ __forceinline__ uint32_t exclusive_scan(uint32_t* total, uint32_t num
 // through its pairs once more, 32 at a time: a pair's row is the expert's next one plus the pairs of that expert in
 // lower lanes.
 //
-// `shared`: [warps, E], [E], [E]. Whole blocks call.
-__device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
+// `shared`: place_words. Whole blocks call, each of `blocks` with its number.
+__device__ __forceinline__ void place_rows(const Args& args, uint32_t block, uint32_t blocks, uint32_t* shared) {
   const uint32_t experts = args.num_experts;
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t warp = threadIdx.x / kWarpSize;
@@ -90,11 +79,11 @@ __device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
   uint32_t* next = shared + warp * experts;
   uint32_t* total = shared + warps * experts;
   uint32_t* before = total + experts;
-  __shared__ uint32_t num_rows;
+  uint32_t& num_rows = before[experts];
 
   for (uint32_t i = threadIdx.x; i < (warps + 2) * experts; i += blockDim.x) shared[i] = 0;
   __syncthreads();
-  const uint64_t first = (uint64_t{blockIdx.x} * warps + warp) * args.pairs_a_warp;
+  const uint64_t first = (uint64_t{block} * warps + warp) * args.pairs_a_warp;
   const uint32_t begin = static_cast<uint32_t>(first < args.num_pairs ? first : args.num_pairs);
   const uint32_t left = args.num_pairs - begin;
   const uint32_t end = begin + (left < args.pairs_a_warp ? left : args.pairs_a_warp);
@@ -103,7 +92,7 @@ __device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
     const uint32_t expert = expert_of(args, pair);
     if (expert != kNowhere) atomicAdd(next + expert, 1u);
   }
-  if (gridDim.x > 1) sum_blocks(args, total, before);
+  if (blocks > 1) sum_blocks(args, block, blocks, total, before);
   __syncthreads();
 
   // Along each expert's column: what the warps before have.
@@ -114,7 +103,7 @@ __device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
       shared[w * experts + e] = sum;
       sum += count;
     }
-    if (gridDim.x == 1) total[e] = sum;
+    if (blocks == 1) total[e] = sum;
   }
   __syncthreads();
   if (warp == 0) {
@@ -122,7 +111,7 @@ __device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
     if (lane == 0) num_rows = rows;
   }
   __syncthreads();
-  if (blockIdx.x == 0) {
+  if (block == 0) {
     for (uint32_t e = threadIdx.x; e < experts; e += blockDim.x) args.offsets[e] = total[e];
     if (threadIdx.x == 0) args.offsets[experts] = num_rows;
   }
@@ -144,16 +133,10 @@ __device__ __forceinline__ void place_rows(const Args& args, uint32_t* shared) {
       args.inverse[pair] = -1;
     }
   }
-  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x;
-  for (uint64_t row = num_rows + uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < args.num_pairs; row += stride) {
+  const uint64_t stride = uint64_t{blocks} * blockDim.x;
+  for (uint64_t row = num_rows + uint64_t{block} * blockDim.x + threadIdx.x; row < args.num_pairs; row += stride) {
     args.slots[row] = kNowhere;
   }
-}
-
-static __global__ void __launch_bounds__(1024) place_pairs(const __grid_constant__ Args args) {
-  extern __shared__ uint32_t shared[];
-  ptx::launch_dependents();
-  place_rows(args, shared);
 }
 
 }  // namespace anabranch::permute

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "common/launch.cuh"
-#include "router/args.cuh"
+#include "router/rules.cuh"
 
 namespace anabranch::router {
 
@@ -76,6 +76,37 @@ inline Args args_of(const AnabranchRouterParams& params, uint32_t values) {
   args.wide_loads = routing.num_experts % width == 0 && is_aligned(params.logits, 4 * width) &&
                     is_aligned(params.selection_bias, 4 * width);
   return args;
+}
+
+// A kernel's template arguments, as a value.
+template <int kValues_, class Rule_>
+struct Variant {
+  static constexpr int kValues = kValues_;
+  using Rule = Rule_;
+};
+
+template <int kValues, class Launch>
+AnabranchStatus with_rule(const AnabranchRouterParams& params, const Launch& launch) {
+  const Args args = args_of(params, kValues);
+  if constexpr (kValues == 4) {
+    if (SoftmaxRule::fits<kValues>(args)) return launch(Variant<kValues, SoftmaxRule>(), args);
+  }
+  if constexpr (kValues == 8) {
+    if (GroupedSigmoidRule::fits<kValues>(args)) return launch(Variant<kValues, GroupedSigmoidRule>(), args);
+  }
+  return launch(Variant<kValues, AnyRule>(), args);
+}
+
+// Calls `launch(Variant, Args)` with what suits the routing.
+template <class Launch>
+AnabranchStatus with_variant(const AnabranchRouterParams& params, const Launch& launch) {
+  const uint32_t experts = params.routing.num_experts;
+  if (experts <= 32) return with_rule<1>(params, launch);    // Mixtral, Qwen1.5-MoE's lesser kin
+  if (experts <= 64) return with_rule<2>(params, launch);    // DeepSeek-V2-Lite, OLMoE
+  if (experts <= 128) return with_rule<4>(params, launch);   // Qwen3-MoE, GLM-4.5-Air
+  if (experts <= 256) return with_rule<8>(params, launch);   // DeepSeek-V3, GLM-4.5
+  if (experts <= 512) return with_rule<16>(params, launch);  // Kimi K2, Qwen3-Next
+  return with_rule<32>(params, launch);
 }
 
 }  // namespace anabranch::router

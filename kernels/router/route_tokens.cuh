@@ -91,7 +91,7 @@ __device__ __forceinline__ void route_rows(const Args& args, uint32_t* shared) {
     __syncwarp();
 
     const bool chosen = choice.rank < used;
-    const float logit = chosen ? __ldg(logits + choice.expert) : -INFINITY;
+    const float logit = chosen ? logits[choice.expert] : -INFINITY;
     const float weight = weigh(args, chosen, logit, softmax, poisoned);
     if (choice.rank < args.topk) {
       const uint32_t at = token * args.pitch + choice.rank;  // below 2^31

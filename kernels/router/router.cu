@@ -77,26 +77,11 @@ AnabranchStatus launch_as(const Args& args, cudaStream_t stream) {
   return checked(cudaLaunchKernelEx(&config, route_tokens<kValues, Rule>, args));
 }
 
-template <int kValues>
 AnabranchStatus launch(const AnabranchRouterParams& params, cudaStream_t stream) {
-  const Args args = args_of(params, kValues);
-  if constexpr (kValues == 4) {
-    if (SoftmaxRule::fits<kValues>(args)) return launch_as<kValues, SoftmaxRule>(args, stream);
-  }
-  if constexpr (kValues == 8) {
-    if (GroupedSigmoidRule::fits<kValues>(args)) return launch_as<kValues, GroupedSigmoidRule>(args, stream);
-  }
-  return launch_as<kValues, AnyRule>(args, stream);
-}
-
-AnabranchStatus launch_for(const AnabranchRouterParams& params, cudaStream_t stream) {
-  const uint32_t experts = params.routing.num_experts;
-  if (experts <= 32) return launch<1>(params, stream);    // Mixtral, Qwen1.5-MoE's lesser kin
-  if (experts <= 64) return launch<2>(params, stream);    // DeepSeek-V2-Lite, OLMoE
-  if (experts <= 128) return launch<4>(params, stream);   // Qwen3-MoE, GLM-4.5-Air
-  if (experts <= 256) return launch<8>(params, stream);   // DeepSeek-V3, GLM-4.5
-  if (experts <= 512) return launch<16>(params, stream);  // Kimi K2, Qwen3-Next
-  return launch<32>(params, stream);
+  return with_variant(params, [stream](auto variant, const Args& args) {
+    using Variant = decltype(variant);
+    return launch_as<Variant::kValues, typename Variant::Rule>(args, stream);
+  });
 }
 
 AnabranchStatus drop(const AnabranchRouterParams& params, cudaStream_t stream) {
@@ -131,6 +116,6 @@ extern "C" AnabranchStatus anabranch_router(const AnabranchRouterParams* params,
   if (params->num_tokens == 0) {
     return checked(cudaMemsetAsync(params->expert_counts, 0, 4 * params->routing.num_experts, stream));
   }
-  ANABRANCH_TRY(router::launch_for(*params, stream));
+  ANABRANCH_TRY(router::launch(*params, stream));
   return router::drop(*params, stream);
 }

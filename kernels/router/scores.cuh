@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_row(float (&value)[kValues], const float* r
 #pragma unroll
       for (int i = 0; i < kValues; i += 4) {
         if (first + i >= num_experts) continue;
-        const float4 four = __ldg(reinterpret_cast<const float4*>(row + first + i));
+        const float4 four = *reinterpret_cast<const float4*>(row + first + i);
         value[i] = four.x, value[i + 1] = four.y, value[i + 2] = four.z, value[i + 3] = four.w;
       }
       return;
@@ -32,14 +32,14 @@ __device__ __forceinline__ void load_row(float (&value)[kValues], const float* r
   if constexpr (kValues == 2) {
     if (wide) {
       if (first >= num_experts) return;
-      const float2 two = __ldg(reinterpret_cast<const float2*>(row + first));
+      const float2 two = *reinterpret_cast<const float2*>(row + first);
       value[0] = two.x, value[1] = two.y;
       return;
     }
   }
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    if (first + i < num_experts) value[i] = __ldg(row + first + i);
+    if (first + i < num_experts) value[i] = row[first + i];
   }
 }
 

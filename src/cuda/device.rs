@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, DriverError, sys::cuDriverGetVersion};
+use cudarc::driver::{
+    CudaContext, DriverError,
+    sys::{CUmemPool_attribute, cuDriverGetVersion},
+};
 
 use super::{Stream, launch::driver, sys::anabranch_runtime_version};
 use crate::{Error, Result};
@@ -53,15 +56,7 @@ impl Device {
     /// [`Error::NoGpu`] if the GPU or its driver is too old.
     pub fn from_cudarc(context: Arc<CudaContext>) -> Result<Self> {
         let capability = context.compute_capability().map_err(no_gpu)?;
-        if capability < OLDEST {
-            let ((major, minor), (oldest_major, oldest_minor)) = (capability, OLDEST);
-            return Err(Error::NoGpu {
-                reason: format!(
-                    "GPU {} has compute capability {major}.{minor}, but {oldest_major}.{oldest_minor} is needed",
-                    context.ordinal()
-                ),
-            });
-        }
+        check_capability(context.ordinal(), capability)?;
         Ok(Self { context, capability })
     }
 
@@ -95,6 +90,28 @@ impl Device {
         self.context.mem_get_info().map_err(|error| driver("device memory", error))
     }
 
+    /// The most memory that this process has taken from this GPU at a time, in bytes, where the driver keeps count; else
+    /// `None`. Allocations of all streams count, what CUDA itself and the kernels' code take does not.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver cannot tell.
+    pub fn peak_memory(&self) -> Result<Option<usize>> {
+        if !self.context.has_async_alloc() {
+            return Ok(None);
+        }
+        let mut peak = 0_u64;
+        // SAFETY: the context's device is valid, its default pool is never destroyed, and this attribute is one 64-bit
+        // number.
+        let asked = unsafe {
+            cudarc::driver::result::device::get_default_mem_pool(self.context.cu_device()).and_then(|pool| {
+                let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
+                cudarc::driver::result::mem_pool::get_attribute(pool, attribute, (&raw mut peak).cast())
+            })
+        };
+        asked.map_err(|error| driver("device memory", error))?;
+        Ok(Some(peak as usize))
+    }
+
     /// The context, for cudarc.
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
@@ -114,7 +131,11 @@ fn require_driver() -> Result<()> {
     unsafe { cuDriverGetVersion(&raw mut installed) }.result().map_err(no_gpu)?;
     // SAFETY: the function reads a constant.
     let runtime = unsafe { anabranch_runtime_version() };
-    // Within a major release any driver runs any runtime.
+    check_driver(installed, runtime)
+}
+
+/// Within a major release any driver runs any runtime. Versions are as CUDA writes them, 1000 major + 10 minor.
+fn check_driver(installed: i32, runtime: i32) -> Result<()> {
     let major = |version: i32| version / 1000;
     if major(installed) < major(runtime) {
         let reason = format!(
@@ -128,7 +149,40 @@ fn require_driver() -> Result<()> {
     Ok(())
 }
 
+/// Refuses a GPU that is older than the kernels.
+fn check_capability(ordinal: usize, capability: (i32, i32)) -> Result<()> {
+    if capability >= OLDEST {
+        return Ok(());
+    }
+    let ((major, minor), (oldest_major, oldest_minor)) = (capability, OLDEST);
+    let reason =
+        format!("GPU {ordinal} has compute capability {major}.{minor}, but {oldest_major}.{oldest_minor} is needed");
+    Err(Error::NoGpu { reason })
+}
+
 fn no_gpu(error: DriverError) -> Error {
     let what = error.error_string().map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned());
     Error::NoGpu { reason: format!("the driver says: {what}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check_capability, check_driver};
+
+    #[test]
+    fn an_old_driver_is_refused_in_a_sentence() {
+        assert!(check_driver(13_000, 13_000).is_ok() && check_driver(13_000, 13_010).is_ok());
+        assert!(check_driver(14_000, 13_010).is_ok());
+        let text = check_driver(12_080, 13_000).unwrap_err().to_string();
+        let expected =
+            "no usable CUDA GPU: the driver is for CUDA 12.8, but 13.0 or newer is needed: update the driver";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn an_old_gpu_is_refused_in_a_sentence() {
+        assert!(check_capability(0, (8, 0)).is_ok() && check_capability(0, (12, 0)).is_ok());
+        let text = check_capability(1, (7, 5)).unwrap_err().to_string();
+        assert_eq!(text, "no usable CUDA GPU: GPU 1 has compute capability 7.5, but 8.0 is needed");
+    }
 }

@@ -30,7 +30,7 @@ pub(super) struct Launch<'a> {
 impl<'a> Launch<'a> {
     /// Makes the stream's context current on this thread, as every launcher needs.
     pub(super) fn begin(operation: &'static str, stream: &'a Stream) -> Result<Self> {
-        Self::bind(operation, stream.device())?;
+        stream.device().context().bind_to_thread().map_err(|error| stream.driver(operation, error))?;
         Ok(Self { operation, stream })
     }
 
@@ -81,7 +81,13 @@ impl<'a> Launch<'a> {
 
     /// Tells whether the launcher launched.
     pub(super) fn end(self, status: sys::AnabranchStatus) -> Result<()> {
-        launched(self.operation, status)
+        let cuda = sys::AnabranchStatus::ANABRANCH_STATUS_CUDA.0;
+        if status.0 > cuda && is_from_a_kernel(status.0 - cuda) {
+            return Err(self.stream.earlier(self.operation, status_text(status)));
+        }
+        launched(self.operation, status)?;
+        self.stream.note(self.operation);
+        Ok(())
     }
 
     pub(super) fn raw_stream(self) -> sys::AnabranchStream {
@@ -111,27 +117,46 @@ pub(super) fn launched(operation: &'static str, status: sys::AnabranchStatus) ->
     if status == sys::AnabranchStatus::ANABRANCH_STATUS_OK {
         return Ok(());
     }
+    Err(Error::Launch { operation, reason: status_text(status) })
+}
+
+fn status_text(status: sys::AnabranchStatus) -> String {
     // SAFETY: the function takes any status and returns a static, terminated string.
     let text = unsafe { CStr::from_ptr(sys::anabranch_status_text(status)) };
-    Err(Error::Launch { operation, reason: text.to_string_lossy().into_owned() })
+    text.to_string_lossy().into_owned()
+}
+
+/// Whether an error of CUDA (driver and runtime number them alike) is of a kernel that was running: it comes up in
+/// whatever call follows, and makes every later one fail.
+pub(super) fn is_from_a_kernel(error: u32) -> bool {
+    // ECC, exception of the hardware, illegal address; timeout; assert; stack, instruction, alignment, address space,
+    // program counter, unspecified failure.
+    matches!(error, 214 | 700 | 702 | 710 | 714..=719)
 }
 
 /// An error of the driver, in its words.
 pub(super) fn driver(operation: &'static str, error: DriverError) -> Error {
+    Error::Driver { operation, reason: reason(error) }
+}
+
+/// What the driver says of an error.
+pub(super) fn reason(error: DriverError) -> String {
     let text = |words: std::result::Result<&CStr, DriverError>| words.map(|text| text.to_string_lossy().into_owned());
-    let reason = match (text(error.error_name()), text(error.error_string())) {
+    match (text(error.error_name()), text(error.error_string())) {
         (Ok(name), Ok(string)) => format!("{string} ({name})"),
         _ => format!("error {}", error.0 as u32),
-    };
-    Error::Driver { operation, reason }
+    }
 }
 
 /// A failed allocation.
-pub(super) fn out_of_memory(device: &Device, asked: usize, error: DriverError) -> Error {
-    match device.memory() {
+pub(super) fn out_of_memory(stream: &Stream, asked: usize, error: DriverError) -> Error {
+    // An allocation of more than the address space holds is an invalid value to some drivers.
+    let refused = [CUresult::CUDA_ERROR_OUT_OF_MEMORY, CUresult::CUDA_ERROR_INVALID_VALUE].contains(&error.0);
+    match stream.device().memory() {
+        Ok((free, _)) if refused && asked > free => Error::OutOfMemory { operation: "alloc", asked, free },
         Ok((free, _)) if error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
             Error::OutOfMemory { operation: "alloc", asked, free }
         }
-        _ => driver("alloc", error),
+        _ => stream.driver("alloc", error),
     }
 }

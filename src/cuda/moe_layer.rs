@@ -28,7 +28,7 @@ pub enum Arch {
     Auto,
     /// `mma.sync`: every GPU of compute capability 8.0 or newer, every shape.
     Sm80,
-    /// TMA and `wgmma`: compute capability 9.0, hidden sizes that are multiples of 16.
+    /// TMA and `wgmma`: compute capability 9.0.
     Sm90,
 }
 
@@ -448,8 +448,7 @@ impl MoePlan {
             return Err(Error::Setting {
                 operation: OPERATION,
                 setting: "arch",
-                expected: "auto or sm80; sm90 is for compute capability 9.0 and a hidden size that is a multiple of 16"
-                    .to_owned(),
+                expected: "auto or sm80; sm90 is for compute capability 9.0".to_owned(),
                 got: format!("{arch}, with compute capability {major}.{minor} and hidden size {}", shape.hidden_size),
             });
         }

@@ -1,25 +1,34 @@
 //! Streams, and the memory that is made on them.
 
-use std::sync::Arc;
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::{CudaSlice, CudaStream, DriverError};
 
 use super::{
-    Device, Element, Shape, Tensor, View,
-    launch::{driver, out_of_memory},
+    Device, Element, Shape, Tensor, View, ViewMut,
+    launch::{driver, is_from_a_kernel, out_of_memory, reason},
 };
-use crate::{Result, error::check_len};
+use crate::{Error, Result, error::check_len};
 
 /// A queue of work on one GPU, done in order. Cheap to clone; clones are the same queue.
 #[derive(Debug, Clone)]
 pub struct Stream {
     device: Device,
-    stream: Arc<CudaStream>,
+    queue: Arc<CudaStream>,
+    /// Operations launched since the stream was last waited for, newest last. An error that a kernel meets while it runs
+    /// comes up in whatever call asks the driver next, so these are the ones that may have met it.
+    recent: Arc<Mutex<VecDeque<&'static str>>>,
 }
+
+/// Launches that are remembered: those of a few layers.
+const REMEMBERED: usize = 64;
 
 impl Stream {
     pub(super) fn on(device: Device, stream: Arc<CudaStream>) -> Self {
-        Self { device, stream }
+        Self { device, queue: stream, recent: Arc::default() }
     }
 
     /// Takes a stream that the caller made. Operations on it can be captured if cudarc's event tracking is off in its
@@ -28,7 +37,7 @@ impl Stream {
     /// # Errors
     /// [`Error::NoGpu`](crate::Error::NoGpu) if its GPU is too old.
     pub fn from_cudarc(stream: Arc<CudaStream>) -> Result<Self> {
-        Ok(Self { device: Device::from_cudarc(Arc::clone(stream.context()))?, stream })
+        Ok(Self::on(Device::from_cudarc(Arc::clone(stream.context()))?, stream))
     }
 
     /// The GPU that it belongs to.
@@ -38,15 +47,49 @@ impl Stream {
 
     /// The stream, for cudarc.
     pub fn cudarc(&self) -> &Arc<CudaStream> {
-        &self.stream
+        &self.queue
     }
 
     /// Waits until everything on the stream is done. Reports what went wrong on the way.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if something did; the context is then mostly unusable.
+    /// [`Error::Earlier`](crate::Error::Earlier) if a launch failed while it ran, [`Error::Driver`](crate::Error::Driver)
+    /// for anything else; the context is then mostly unusable.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|error| driver("synchronize", error))
+        self.queue.synchronize().map_err(|error| self.driver("synchronize", error))?;
+        self.recent().clear();
+        Ok(())
+    }
+
+    /// Remembers that an operation was launched.
+    pub(super) fn note(&self, operation: &'static str) {
+        let mut recent = self.recent();
+        if recent.len() == REMEMBERED {
+            recent.pop_front();
+        }
+        recent.push_back(operation);
+    }
+
+    /// An error of the driver that came up in `operation`: its own, or an earlier launch's.
+    pub(super) fn driver(&self, operation: &'static str, error: DriverError) -> Error {
+        if is_from_a_kernel(error.0 as u32) { self.earlier(operation, reason(error)) } else { driver(operation, error) }
+    }
+
+    /// The error of a kernel that ran before `operation`.
+    pub(super) fn earlier(&self, operation: &'static str, reason: String) -> Error {
+        let mut launched: Vec<&'static str> = Vec::new();
+        // The newest first, each once: a model's layers launch the same ones over and over.
+        for name in self.recent().iter().rev() {
+            if !launched.contains(name) {
+                launched.push(name);
+            }
+        }
+        Error::Earlier { operation, launched, reason }
+    }
+
+    fn recent(&self) -> MutexGuard<'_, VecDeque<&'static str>> {
+        // A list of names is whole whatever happened to the thread that held it.
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// New memory full of zeros.
@@ -56,7 +99,7 @@ impl Stream {
     pub fn zeros<T: Element>(&self, shape: impl Into<Shape>) -> Result<Tensor<T>> {
         let shape = shape.into();
         let mut slice = self.alloc(shape.len())?;
-        self.stream.memset_zeros(&mut slice).map_err(|error| driver("zeros", error))?;
+        self.queue.memset_zeros(&mut slice).map_err(|error| self.driver("zeros", error))?;
         Ok(Tensor::from_parts(slice, shape))
     }
 
@@ -69,9 +112,22 @@ impl Stream {
         check_len("upload", "host", host.len(), shape.len())?;
         let mut slice = self.alloc(shape.len())?;
         if !host.is_empty() {
-            self.stream.memcpy_htod(host, &mut slice).map_err(|error| driver("upload", error))?;
+            self.queue.memcpy_htod(host, &mut slice).map_err(|error| self.driver("upload", error))?;
         }
         Ok(Tensor::from_parts(slice, shape))
+    }
+
+    /// Copies `host` to memory that is there. The copy takes its turn on the stream; `host` may be reused at once.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the lengths differ, [`Error::Driver`](crate::Error::Driver) if the copy
+    /// cannot be made, [`Error::Earlier`](crate::Error::Earlier) if something before it failed.
+    pub fn upload_into<T: Element>(&self, host: &[T], out: &mut ViewMut<'_, T>) -> Result<()> {
+        check_len("upload", "host", host.len(), out.shape().len())?;
+        if host.is_empty() {
+            return Ok(());
+        }
+        self.queue.memcpy_htod(host, out.cudarc()).map_err(|error| self.driver("upload", error))
     }
 
     /// Copies to the host, and waits for it.
@@ -81,8 +137,8 @@ impl Stream {
     pub fn download<T: Element>(&self, tensor: &View<'_, T>) -> Result<Vec<T>> {
         let mut host = vec![T::default(); tensor.shape().len()];
         if !host.is_empty() {
-            let copied = self.stream.memcpy_dtoh(tensor.cudarc(), &mut host);
-            copied.map_err(|error| driver("download", error))?;
+            let copied = self.queue.memcpy_dtoh(tensor.cudarc(), &mut host);
+            copied.map_err(|error| self.driver("download", error))?;
         }
         self.synchronize()?;
         Ok(host)
@@ -93,7 +149,7 @@ impl Stream {
     pub(super) fn alloc<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         let len = len.max(1);
         // SAFETY: elements are plain numbers, for which any bits are a value; no host code reads them before a copy.
-        let slice = unsafe { self.stream.alloc(len) };
-        slice.map_err(|error| out_of_memory(&self.device, len * size_of::<T>(), error))
+        let slice = unsafe { self.queue.alloc(len) };
+        slice.map_err(|error| out_of_memory(self, len.saturating_mul(size_of::<T>()), error))
     }
 }

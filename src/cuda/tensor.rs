@@ -1,11 +1,11 @@
 //! Typed device memory with a shape: owned, borrowed and mutably borrowed.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
-use crate::{Result, error::check_len};
+use crate::{Error, Result, error::check_len};
 
 /// Numbers that tensors hold.
 pub trait Element: DeviceRepr + ValidAsZeroBits + Copy + Default + fmt::Debug + private::Sealed + 'static {}
@@ -99,6 +99,37 @@ impl<T: Element> Tensor<T> {
     /// To write.
     pub fn view_mut(&mut self) -> ViewMut<'_, T> {
         ViewMut { view: self.slice.slice_mut(..self.shape.len()), shape: self.shape }
+    }
+
+    /// To read as many elements as `shape` has, from element `start` on: a batch's rows of a buffer that holds more.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not hold them.
+    pub fn part(&self, start: usize, shape: impl Into<Shape>) -> Result<View<'_, T>> {
+        let shape = shape.into();
+        Ok(View { view: self.slice.slice(self.range(start, shape)?), shape })
+    }
+
+    /// To write them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not hold them.
+    pub fn part_mut(&mut self, start: usize, shape: impl Into<Shape>) -> Result<ViewMut<'_, T>> {
+        let shape = shape.into();
+        let range = self.range(start, shape)?;
+        Ok(ViewMut { view: self.slice.slice_mut(range), shape })
+    }
+
+    fn range(&self, start: usize, shape: Shape) -> Result<Range<usize>> {
+        match start.checked_add(shape.len()) {
+            Some(end) if end <= self.shape.len() => Ok(start..end),
+            _ => Err(Error::Shape {
+                operation: "tensor part",
+                argument: "shape",
+                expected: format!("at most {} elements from element {start} on", self.shape.len()),
+                got: shape.to_string(),
+            }),
+        }
     }
 }
 

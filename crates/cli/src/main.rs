@@ -10,6 +10,7 @@ mod interrupt;
 mod memory;
 mod output;
 mod progress;
+mod source;
 mod units;
 
 use clap::{Parser, Subcommand};

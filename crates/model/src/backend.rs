@@ -1,9 +1,7 @@
 //! What a device does for a model: whole steps, coarse enough that a backend may fuse inside each.
 
-use anabranch::{Rope, reference::RopeTable};
-
 use crate::{
-    Config, Result,
+    Config, Error, Result,
     weights::{AttentionWeights, FeedForwardWeights, StoredLinear},
 };
 
@@ -27,23 +25,6 @@ pub struct Batch<'a> {
     pub segments: &'a [Segment],
 }
 
-/// A batch whose lengths agree, with the angles of its positions.
-#[derive(Debug)]
-pub struct Positions<'a> {
-    /// The segments.
-    pub segments: &'a [Segment],
-    /// cos and sin of every token's position.
-    pub rope: RopeTable,
-}
-
-impl<'a> Positions<'a> {
-    /// The positions of a batch under a model's rotary embedding.
-    pub fn new(rope: &Rope, segments: &'a [Segment]) -> Self {
-        let positions = segments.iter().flat_map(|segment| segment.position..segment.position + segment.len);
-        Self { segments, rope: RopeTable::new(rope, positions) }
-    }
-}
-
 /// The experts that a router chose: `[T, K]` ids, -1 where a slot is unused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TopkIds {
@@ -53,13 +34,33 @@ pub struct TopkIds {
     pub topk: usize,
 }
 
+/// What a layer's router is told and asked.
+#[derive(Debug, Default)]
+pub struct Routed<'a> {
+    /// The experts to take instead of the router's choice, `[T, K]`; they get the weights that the router's scores give them.
+    pub given: Option<&'a TopkIds>,
+    /// Whether to say which experts were taken, and by what: on a device that costs a wait.
+    pub wanted: bool,
+    /// If wanted and the layer has experts: those that were taken, and the router's logits `[T, E]`.
+    pub taken: Option<(TopkIds, Vec<f32>)>,
+}
+
+/// Refuses a row that hidden states do not have.
+pub(crate) fn check_row(row: usize, rows: usize) -> Result<()> {
+    if row < rows {
+        return Ok(());
+    }
+    Err(Error::Input(format!("row {row} of {rows} rows of hidden states does not exist")))
+}
+
 /// A device that runs a model's steps. The model is written once over this trait.
 ///
-/// Loading takes a part's weights as the checkpoint stores them and returns them in whatever form the backend computes
-/// with. Tensors are activations `[tokens, width]`.
+/// Loading takes a part's weights as they come and returns them in whatever form the backend computes with. A pass begins with
+/// [`Backend::embed`], adds to the residual stream with the steps in between, and is read at its end. Everything that a pass works with
+/// lies in the cache, which a backend may thus keep from one pass to the next.
 pub trait Backend {
-    /// Activations.
-    type Tensor;
+    /// Hidden states after the final norm, `[tokens, d]`.
+    type Hidden;
     /// The embedding table, or the LM head.
     type Table;
     /// The weight of an RMS norm.
@@ -68,19 +69,24 @@ pub trait Backend {
     type Attention;
     /// The weights of one feed-forward part.
     type FeedForward;
-    /// Keys and values of all layers and sequences.
+    /// Keys and values of all layers and sequences, with the activations of the pass under way.
     type Cache;
 
+    /// Told before anything is loaded: the place to refuse a model that does not fit.
+    ///
+    /// # Errors
+    /// If the backend cannot hold or run it.
+    fn prepare(&self, config: &Config) -> Result<()>;
     /// Loads the embedding table or the LM head, `[vocab, d]`.
     ///
     /// # Errors
     /// If the backend cannot hold it, as for every loading step.
     fn load_table(&self, weights: &StoredLinear) -> Result<Self::Table>;
-    /// Loads a norm's weight.
+    /// Loads the weight of a norm of the residual stream.
     ///
     /// # Errors
     /// See [`Backend::load_table`].
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Self::Norm>;
+    fn load_norm(&self, config: &Config, weight: Vec<f32>) -> Result<Self::Norm>;
     /// Loads an attention.
     ///
     /// # Errors
@@ -98,55 +104,69 @@ pub trait Backend {
     /// If there is not enough memory.
     fn cache(&self, config: &Config, capacities: &[usize]) -> Result<Self::Cache>;
 
-    /// Rows of the embedding table.
-    ///
-    /// # Errors
-    /// If an id is out of range.
-    fn embed(&self, table: &Self::Table, ids: &[u32]) -> Result<Self::Tensor>;
-    /// RMS norm.
-    ///
-    /// # Errors
-    /// If the operation refuses its arguments, as for every step.
-    fn norm(&self, config: &Config, x: &Self::Tensor, norm: &Self::Norm) -> Result<Self::Tensor>;
-    /// `x += y`.
-    ///
-    /// # Errors
-    /// See [`Backend::norm`].
-    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
-    /// Attention of layer `layer`, from the normed residual stream to what is added to it: projections, rotation, cache
-    /// write, attention, output projection.
+    /// Begins a pass over a batch whose lengths agree: `x = table[ids]`.
     ///
     /// # Errors
     /// If a segment does not continue what its slot holds or passes the slot's capacity.
+    fn embed(&self, config: &Config, table: &Self::Table, batch: &Batch<'_>, cache: &mut Self::Cache) -> Result<()>;
+    /// `x += attention(norm(x))` in layer `layer`: norm, projections, rotation, cache write, attention, output projection.
+    ///
+    /// # Errors
+    /// If an operation refuses its arguments, as for every step.
     fn attention(
         &self,
         config: &Config,
+        norm: &Self::Norm,
         weights: &Self::Attention,
-        x: &Self::Tensor,
         layer: usize,
-        positions: &Positions<'_>,
         cache: &mut Self::Cache,
-    ) -> Result<Self::Tensor>;
-    /// A feed-forward part: dense, or router, routed experts, combine and shared experts. The experts' ids are for
-    /// observers; a backend on a device hands them out only if asked.
+    ) -> Result<()>;
+    /// `x += feed_forward(norm(x))`: dense, or router, routed experts, combine and shared experts.
     ///
     /// # Errors
-    /// See [`Backend::norm`].
+    /// See [`Backend::attention`].
     fn feed_forward(
         &self,
         config: &Config,
+        norm: &Self::Norm,
         weights: &Self::FeedForward,
-        x: &Self::Tensor,
-        want_ids: bool,
-    ) -> Result<(Self::Tensor, Option<TopkIds>)>;
-    /// The LM head on some rows of `x`: `[rows, vocab]` on the host.
+        routing: &mut Routed<'_>,
+        cache: &mut Self::Cache,
+    ) -> Result<()>;
+
+    /// The residual stream x on the host, `[tokens, d]`.
     ///
     /// # Errors
-    /// If there is no such row.
-    fn logits(&self, head: &Self::Table, x: &Self::Tensor, rows: &[usize]) -> Result<Vec<f32>>;
-    /// Activations on the host.
+    /// If it cannot be copied.
+    fn residual(&self, config: &Config, cache: &mut Self::Cache) -> Result<Vec<f32>>;
+    /// Ends a pass: `norm(x)`, which outlives the pass.
+    ///
+    /// # Errors
+    /// See [`Backend::attention`], and if there is not enough memory.
+    fn hidden(&self, config: &Config, norm: &Self::Norm, cache: &mut Self::Cache) -> Result<Self::Hidden>;
+    /// Hidden states on the host.
     ///
     /// # Errors
     /// If they cannot be copied.
-    fn read(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    fn read(&self, config: &Config, hidden: &Self::Hidden) -> Result<Vec<f32>>;
+    /// The LM head on some rows of hidden states: `[rows, vocab]` on the host.
+    ///
+    /// # Errors
+    /// If there is no such row.
+    fn logits(&self, config: &Config, head: &Self::Table, hidden: &Self::Hidden, rows: &[usize]) -> Result<Vec<f32>>;
+    /// Ends a pass with the logits of some of its tokens: final norm and LM head in one step, for which a backend may keep buffers.
+    ///
+    /// # Errors
+    /// See [`Backend::logits`].
+    fn last_logits(
+        &self,
+        config: &Config,
+        norm: &Self::Norm,
+        head: &Self::Table,
+        rows: &[usize],
+        cache: &mut Self::Cache,
+    ) -> Result<Vec<f32>> {
+        let hidden = self.hidden(config, norm, cache)?;
+        self.logits(config, head, &hidden, rows)
+    }
 }

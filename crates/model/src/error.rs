@@ -43,6 +43,18 @@ pub enum Error {
         /// Bytes available.
         available: u64,
     },
+    /// The GPU's memory does not suffice.
+    #[error("{what} needs {} of GPU memory, but {} is free: {advice}", gib(*needed), gib(*free))]
+    GpuMemory {
+        /// What the memory is for.
+        what: String,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+        /// What would fit.
+        advice: String,
+    },
     /// A file cannot be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

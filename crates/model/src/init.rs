@@ -3,6 +3,9 @@
 mod tokenizer;
 mod values;
 
+pub(crate) use tokenizer::byte_level;
+pub(crate) use values::Values;
+
 use std::{
     ffi::OsString,
     fs,
@@ -65,7 +68,7 @@ pub fn init(
     let folder = NewFolder::create(out)?;
     write_json(&folder.path, "config.json", &json)?;
     write_json(&folder.path, "generation_config.json", &generation_config(&config))?;
-    if let Some((tokenizer, settings)) = tokenizer::byte_level(&config) {
+    if let Some((tokenizer, settings)) = byte_level(&config) {
         write_json(&folder.path, "tokenizer.json", &tokenizer)?;
         write_json(&folder.path, "tokenizer_config.json", &settings)?;
     }

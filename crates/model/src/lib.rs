@@ -22,6 +22,8 @@
 //! generate(&mut Session::new(&model)?, &tokenizer, &prompts, &options, &|| false, &mut print)?;
 //! # Ok::<(), anabranch_model::Error>(())
 //! ```
+//!
+//! With the feature `cuda`, `Cuda::open(0)?` in the place of `Cpu` runs the same on a GPU.
 
 pub mod analysis;
 mod backend;
@@ -29,6 +31,8 @@ mod chat;
 pub mod checkpoint;
 pub mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod families;
 mod generate;
@@ -41,13 +45,15 @@ mod text_stream;
 mod tokenizer;
 pub mod weights;
 
-pub use backend::{Backend, Batch, Positions, Segment, TopkIds};
+pub use backend::{Backend, Batch, Routed, Segment, TopkIds};
 pub use chat::{ChatTemplate, Message, Reply, SpecialTokens};
 pub use checkpoint::{Checkpoint, Tensor, TensorFile};
 pub use config::Config;
 pub use cpu::{Cpu, CpuAttention, CpuCache, CpuTensor};
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, CudaAttention, CudaCache, CudaFeedForward, CudaHidden, CudaNorm, CudaTable, GpuUsage};
 pub use error::{Error, Result};
 pub use generate::{Finish, Forward, GenerateOptions, Generated, Generation, Stats, generate};
-pub use model::{Model, Observer, Session};
+pub use model::{GivenRouting, Model, Observer, Session};
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;

@@ -1,20 +1,28 @@
 //! A model: weights on a backend, and the forward pass, written once for every family.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use crate::{
     Backend, Batch, Checkpoint, Config, Cpu, Error, Forward, Result,
-    backend::{Positions, TopkIds},
-    weights::Weights,
+    backend::{Routed, TopkIds},
+    config::FeedForward,
+    weights::{Origin, Weights},
 };
+
+/// Experts to take instead of the router's choice, by layer: `[T, K]` ids of all tokens of a pass.
+pub type GivenRouting = BTreeMap<usize, TopkIds>;
 
 /// Sees what a forward pass computes on its way.
 pub trait Observer {
     /// Hidden states `[tokens, d]`: the embedding at 0, then the residual stream after each block; the last one, at the number of
     /// blocks, after the final norm (as Transformers gives them).
     fn hidden(&mut self, index: usize, values: Vec<f32>);
-    /// The experts that layer `layer`'s router chose.
+    /// The experts that layer `layer`'s router chose, or that were given for it.
     fn topk(&mut self, layer: usize, ids: TopkIds);
+    /// The logits `[tokens, E]` that the router of layer `layer` chose by. Who does not care leaves it out.
+    fn router_logits(&mut self, layer: usize, logits: Vec<f32>) {
+        let _ = (layer, logits);
+    }
 }
 
 /// A loaded model.
@@ -44,10 +52,35 @@ impl<B: Backend> Model<B> {
     pub fn load(dir: &Path, backend: B, progress: &mut dyn FnMut(usize, usize)) -> Result<Self> {
         let config = Config::from_dir(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let weights = Weights { checkpoint: &checkpoint, config: &config };
+        let model = Self::build(config, Origin::Checkpoint(&checkpoint), backend, progress)?;
+        tracing::info!(
+            model_type = model.config.model_type,
+            blocks = model.blocks.len(),
+            bytes = checkpoint.total_bytes(),
+            "loaded {}",
+            dir.display()
+        );
+        Ok(model)
+    }
+
+    /// A model of this architecture with random weights, distributed as [`init`](crate::init::init) has them but without
+    /// quantisation: for sizes and speeds, on a backend that makes them where it computes. The same seed gives the same weights.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the backend is the CPU's, or whatever the backend refuses.
+    pub fn random(mut config: Config, seed: u64, backend: B, progress: &mut dyn FnMut(usize, usize)) -> Result<Self> {
+        config.fp8_block = None;
+        let origin = Origin::random(&config, seed);
+        Self::build(config, origin, backend, progress)
+    }
+
+    fn build(config: Config, origin: Origin<'_>, backend: B, progress: &mut dyn FnMut(usize, usize)) -> Result<Self> {
+        backend.prepare(&config)?;
+        let weights = Weights { origin, config: &config };
         let (vocab, d) = (config.vocab_size, config.hidden_size);
+        let norm = |name: &str| backend.load_norm(&config, weights.vector(&format!("{name}.weight"), d)?);
         let embedding = backend.load_table(&weights.matrix("model.embed_tokens.weight", [vocab, d])?)?;
-        let norm = backend.load_norm(weights.vector("model.norm.weight", d)?)?;
+        let final_norm = norm("model.norm")?;
         let head = if config.tie_word_embeddings && !weights.untied_head()? {
             None
         } else {
@@ -57,31 +90,25 @@ impl<B: Backend> Model<B> {
         let mut blocks = Vec::with_capacity(count);
         for layer in 0..count {
             progress(layer, count);
-            let norm = |name: &str| {
-                let name = format!("model.layers.{layer}.{name}.weight");
-                weights.vector(&name, d).and_then(|weight| backend.load_norm(weight))
-            };
             blocks.push(Block {
-                attention_norm: norm("input_layernorm")?,
+                attention_norm: norm(&format!("model.layers.{layer}.input_layernorm"))?,
                 attention: backend.load_attention(&config, weights.attention(layer)?)?,
-                feed_forward_norm: norm("post_attention_layernorm")?,
+                feed_forward_norm: norm(&format!("model.layers.{layer}.post_attention_layernorm"))?,
                 feed_forward: backend.load_feed_forward(&config, weights.feed_forward(layer)?)?,
             });
         }
         progress(count, count);
-        tracing::info!(
-            model_type = config.model_type,
-            blocks = count,
-            bytes = checkpoint.total_bytes(),
-            "loaded {}",
-            dir.display()
-        );
-        Ok(Self { config, backend, embedding, blocks, norm, head })
+        Ok(Self { config, backend, embedding, blocks, norm: final_norm, head })
     }
 
     /// The architecture.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where it runs.
+    pub fn backend(&self) -> &B {
+        &self.backend
     }
 
     /// A cache with one slot for each sequence; slot `i` holds `capacities[i]` tokens.
@@ -105,9 +132,60 @@ impl<B: Backend> Model<B> {
         &self,
         batch: &Batch<'_>,
         cache: &mut B::Cache,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<B::Hidden> {
+        self.forward_with(batch, cache, observer, &GivenRouting::new())
+    }
+
+    /// [`Model::forward`] with the experts of some layers given: to compare implementations whose routers break a near-tie
+    /// differently, or to try another choice. Their weights are what the layer's own scores at these ids give.
+    ///
+    /// # Errors
+    /// Those of [`Model::forward`], and [`Error::Input`] if a layer routes nothing or its ids are not `[tokens, K]` of its experts.
+    pub fn forward_with(
+        &self,
+        batch: &Batch<'_>,
+        cache: &mut B::Cache,
         mut observer: Option<&mut dyn Observer>,
-    ) -> Result<B::Tensor> {
+        routing: &GivenRouting,
+    ) -> Result<B::Hidden> {
+        self.run(batch, cache, &mut observer, routing)?;
+        let hidden = self.backend.hidden(&self.config, &self.norm, cache)?;
+        if let Some(observer) = observer {
+            observer.hidden(self.blocks.len(), self.backend.read(&self.config, &hidden)?);
+        }
+        Ok(hidden)
+    }
+
+    /// All blocks, up to the final norm.
+    fn run(
+        &self,
+        batch: &Batch<'_>,
+        cache: &mut B::Cache,
+        observer: &mut Option<&mut dyn Observer>,
+        routing: &GivenRouting,
+    ) -> Result<()> {
         let (backend, config) = (&self.backend, &self.config);
+        self.check(batch, routing)?;
+        backend.embed(config, &self.embedding, batch, cache)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            if let Some(observer) = observer.as_deref_mut() {
+                observer.hidden(layer, backend.residual(config, cache)?);
+            }
+            backend.attention(config, &block.attention_norm, &block.attention, layer, cache)?;
+            let mut routed = Routed { given: routing.get(&layer), wanted: observer.is_some(), taken: None };
+            backend.feed_forward(config, &block.feed_forward_norm, &block.feed_forward, &mut routed, cache)?;
+            if let (Some(observer), Some((ids, logits))) = (observer.as_deref_mut(), routed.taken) {
+                observer.topk(layer, ids);
+                observer.router_logits(layer, logits);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses ids that are not the model's, lengths that do not agree, and a given routing that is not its layer's.
+    fn check(&self, batch: &Batch<'_>, routing: &GivenRouting) -> Result<()> {
+        let config = &self.config;
         let tokens: usize = batch.segments.iter().map(|segment| segment.len).sum();
         if tokens != batch.ids.len() {
             return Err(Error::Input(format!("{} token ids were given for segments of {tokens}", batch.ids.len())));
@@ -116,35 +194,35 @@ impl<B: Backend> Model<B> {
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(Error::Input(format!("token id {id} is not in the vocabulary of {vocab}")));
         }
-        let positions = Positions::new(&config.rope, batch.segments);
-        let mut x = backend.embed(&self.embedding, batch.ids)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            if let Some(observer) = observer.as_deref_mut() {
-                observer.hidden(layer, backend.read(&x)?);
+        for (layer, given) in routing {
+            let routes = config.layers.get(*layer) == Some(&FeedForward::Moe);
+            let Some(moe) = config.moe.as_ref().filter(|_| routes) else {
+                return Err(Error::Input(format!("experts are given for layer {layer}, which routes nothing")));
+            };
+            let (topk, experts) = (moe.routing.topk(), moe.routing.num_experts());
+            if given.topk != topk || given.ids.len() != tokens * topk {
+                let (got, slots) = (given.ids.len(), given.topk);
+                return Err(Error::Input(format!(
+                    "{got} experts, {slots} a token, are given for layer {layer}, which has {tokens} tokens with {topk} each"
+                )));
             }
-            let normed = backend.norm(config, &x, &block.attention_norm)?;
-            let delta = backend.attention(config, &block.attention, &normed, layer, &positions, cache)?;
-            backend.add(&mut x, &delta)?;
-            let normed = backend.norm(config, &x, &block.feed_forward_norm)?;
-            let (delta, ids) = backend.feed_forward(config, &block.feed_forward, &normed, observer.is_some())?;
-            backend.add(&mut x, &delta)?;
-            if let (Some(observer), Some(ids)) = (observer.as_deref_mut(), ids) {
-                observer.topk(layer, ids);
+            if let Some(id) = given.ids.iter().find(|id| **id >= experts as i32) {
+                return Err(Error::Input(format!("expert {id} is given for layer {layer}, which has {experts}")));
             }
         }
-        let x = backend.norm(config, &x, &self.norm)?;
-        if let Some(observer) = observer {
-            observer.hidden(self.blocks.len(), backend.read(&x)?);
-        }
-        Ok(x)
+        Ok(())
     }
 
     /// The LM head on some rows of hidden states: `[rows, vocab]`.
     ///
     /// # Errors
     /// If there is no such row.
-    pub fn logits(&self, hidden: &B::Tensor, rows: &[usize]) -> Result<Vec<f32>> {
-        self.backend.logits(self.head.as_ref().unwrap_or(&self.embedding), hidden, rows)
+    pub fn logits(&self, hidden: &B::Hidden, rows: &[usize]) -> Result<Vec<f32>> {
+        self.backend.logits(&self.config, self.lm_head(), hidden, rows)
+    }
+
+    fn lm_head(&self) -> &B::Table {
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 }
 
@@ -179,7 +257,8 @@ impl<B: Backend> Forward for Session<'_, B> {
     }
 
     fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
-        let hidden = self.model.forward(batch, &mut self.cache, None)?;
+        let model = self.model;
+        model.run(batch, &mut self.cache, &mut None, &GivenRouting::new())?;
         let last: Vec<usize> = batch
             .segments
             .iter()
@@ -188,6 +267,6 @@ impl<B: Backend> Forward for Session<'_, B> {
                 Some(*end - 1)
             })
             .collect();
-        self.model.logits(&hidden, &last)
+        model.backend.last_logits(&model.config, &model.norm, model.lm_head(), &last, &mut self.cache)
     }
 }

@@ -8,8 +8,9 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    Error, Result,
+    Config, Error, Result,
     chat::{ChatTemplate, Message, Reply, SpecialTokens},
+    init::byte_level,
 };
 
 /// A checkpoint's tokenizer and, if it has one, its chat template.
@@ -33,25 +34,49 @@ impl Tokenizer {
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|cause| fault(&path, "is no tokenizer", &*cause))?;
-        // What a training script left in the file: prompts are neither cut nor filled up.
-        inner.with_truncation(None).map_err(|cause| fault(&path, "has a truncation that cannot be undone", &*cause))?;
-        inner.with_padding(None);
-
         let config_path = dir.join("tokenizer_config.json");
         let config = match read_optional(&config_path)? {
             Some(text) => serde_json::from_str::<Value>(&text)
                 .map_err(|cause| fault(&config_path, "is not valid JSON", &cause))?,
             None => Value::Null,
         };
-        let special = SpecialTokens::from_config(&config, &config_path)?;
-        let bos = begin_token(&config, &config_path, &special, &inner)?;
-
         let template_path = dir.join("chat_template.jinja");
-        let chat = match read_optional(&template_path)? {
+        let template = match read_optional(&template_path)? {
             Some(source) => Some(ChatTemplate::new(&template_path, &source)?),
-            None => ChatTemplate::from_config(&config_path, &config)?,
+            None => None,
+        };
+        Self::new(path, &bytes, &config_path, &config, template)
+    }
+
+    /// The tokenizer that [`init`](crate::init::init) writes: one token a byte, for models that have none of their own.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the vocabulary has no room for 256 bytes and two marks.
+    pub fn byte_level(config: &Config) -> Result<Self> {
+        let (tokenizer, settings) = byte_level(config).ok_or_else(|| {
+            Error::Input(format!("a vocabulary of {} has no room for a tokenizer of bytes", config.vocab_size))
+        })?;
+        let path = PathBuf::from("tokenizer of bytes");
+        Self::new(path.clone(), tokenizer.to_string().as_bytes(), &path, &settings, None)
+    }
+
+    fn new(
+        path: PathBuf,
+        bytes: &[u8],
+        config_path: &Path,
+        config: &Value,
+        template: Option<ChatTemplate>,
+    ) -> Result<Self> {
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(|cause| fault(&path, "is no tokenizer", &*cause))?;
+        // What a training script left in the file: prompts are neither cut nor filled up.
+        inner.with_truncation(None).map_err(|cause| fault(&path, "has a truncation that cannot be undone", &*cause))?;
+        inner.with_padding(None);
+        let special = SpecialTokens::from_config(config, config_path)?;
+        let bos = begin_token(config, config_path, &special, &inner)?;
+        let chat = match template {
+            Some(template) => Some(template),
+            None => ChatTemplate::from_config(config_path, config)?,
         };
         Ok(Self { inner, path, bos, special, chat })
     }

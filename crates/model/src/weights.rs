@@ -1,19 +1,114 @@
 //! A checkpoint's tensors, gathered into the parts that a backend loads whole.
 
+use std::collections::HashMap;
+
+use anabranch::reference::{Matrix, random};
+
 use crate::{
     Checkpoint, Config, Error, Result, Tensor,
     config::{Attention, FeedForward, QkNorm},
+    init::Values,
+    tensors::TensorSpec,
 };
 
-/// A stored weight `[out, in]`, with what belongs to it.
+/// A weight `[out, in]` as it comes, with its bias.
 #[derive(Debug, Clone)]
 pub struct StoredLinear {
     /// The weight.
-    pub weight: Tensor,
-    /// Float32 scales of the weight's blocks, and the blocks' size; for FP8 only.
-    pub scales: Option<(Tensor, [usize; 2])>,
+    pub weight: Source,
     /// `[out]`, widened to float32.
     pub bias: Option<Vec<f32>>,
+}
+
+/// Where a matrix's values come from.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Source {
+    /// A checkpoint.
+    Stored {
+        /// The values as they are stored.
+        tensor: Tensor,
+        /// Float32 scales of the weight's blocks, and the blocks' size; for FP8 only.
+        scales: Option<(Tensor, [usize; 2])>,
+    },
+    /// Nowhere: element `i` is [`anabranch::reference::random`]`(seed, i, scale)`, row by row, which a device makes as well.
+    Random {
+        /// Rows and columns.
+        shape: [usize; 2],
+        /// What the values hang on, beside their place.
+        seed: u64,
+        /// Their standard deviation.
+        scale: f32,
+    },
+}
+
+impl StoredLinear {
+    /// Rows and columns: out and in.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the stored tensor is no matrix.
+    pub fn shape(&self) -> Result<[usize; 2]> {
+        match &self.weight {
+            Source::Random { shape, .. } => Ok(*shape),
+            Source::Stored { tensor, .. } => match *tensor.shape() {
+                [rows, columns] => Ok([rows, columns]),
+                _ => Err(Error::Checkpoint {
+                    path: tensor.path().to_owned(),
+                    problem: format!("tensor {} must have 2 dimensions, got shape {:?}", tensor.name(), tensor.shape()),
+                }),
+            },
+        }
+    }
+
+    /// The weight as an operation reads it, where it is stored.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the values are random, and those of [`StoredLinear::shape`].
+    pub fn matrix(&self) -> Result<Matrix<'_>> {
+        let [rows, columns] = self.shape()?;
+        let Source::Stored { tensor, scales } = &self.weight else {
+            return Err(Error::Input(
+                "random weights are made on a GPU only: use one, or write a checkpoint with `anabranch init`"
+                    .to_owned(),
+            ));
+        };
+        let matrix = Matrix::new(tensor.weight_dtype()?, rows, columns, tensor.bytes())?;
+        Ok(match scales {
+            Some((scales, block)) => matrix.with_scales(scales.bytes(), *block)?,
+            None => matrix,
+        })
+    }
+
+    /// The weight row by row.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn rows(&self) -> Result<Rows<'_>> {
+        Ok(match self.weight {
+            Source::Random { shape: [_, columns], seed, scale } => Rows::Random { columns, seed, scale },
+            Source::Stored { .. } => Rows::Stored(self.matrix()?),
+        })
+    }
+}
+
+/// Rows of a weight as float32, wherever they come from.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    Stored(Matrix<'a>),
+    Random { columns: usize, seed: u64, scale: f32 },
+}
+
+#[cfg(feature = "cuda")]
+impl Rows<'_> {
+    /// Writes row `row` to `out`, which is as long as a row.
+    pub(crate) fn read(&self, row: usize, out: &mut [f32]) {
+        match *self {
+            Self::Stored(matrix) => matrix.read_row(row, out),
+            Self::Random { columns, seed, scale } => {
+                let first = (row * columns) as u64;
+                (first..).zip(out).for_each(|(index, value)| *value = random(seed, index, scale));
+            }
+        }
+    }
 }
 
 /// The weights of one attention.
@@ -80,48 +175,87 @@ pub enum FeedForwardWeights {
     },
 }
 
-/// Finds a model's weights in a checkpoint and checks every shape.
+/// Finds a model's weights and checks every shape.
 pub(crate) struct Weights<'a> {
-    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) origin: Origin<'a>,
     pub(crate) config: &'a Config,
 }
 
-impl Weights<'_> {
-    /// A tensor of this shape.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = self.checkpoint.get(name)?;
-        tensor.expect_shape(shape)?;
-        Ok(tensor)
-    }
+/// What holds the weights.
+pub(crate) enum Origin<'a> {
+    Checkpoint(&'a Checkpoint),
+    /// Nothing: every tensor by its name, and a seed for all of them together.
+    Random {
+        specs: HashMap<String, TensorSpec>,
+        seed: u64,
+    },
+}
 
+impl Origin<'_> {
+    /// Random weights for a configuration without quantisation.
+    pub(crate) fn random(config: &Config, seed: u64) -> Self {
+        let specs = config.tensors().into_iter().map(|spec| (spec.name.clone(), spec)).collect();
+        Self::Random { specs, seed }
+    }
+}
+
+/// How a tensor of a random model is distributed, and its seed.
+fn values(specs: &HashMap<String, TensorSpec>, seed: u64, name: &str) -> Result<(Values, u64)> {
+    let spec = specs.get(name).ok_or_else(|| Error::Input(format!("the configuration lists no tensor {name}")))?;
+    Ok((Values::of(spec), Values::seed(seed, name)))
+}
+
+/// A tensor of this shape.
+fn tensor(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let tensor = checkpoint.get(name)?;
+    tensor.expect_shape(shape)?;
+    Ok(tensor)
+}
+
+impl Weights<'_> {
     /// A norm's weight, a bias.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.tensor(name, &[len])?.to_f32()
+        match &self.origin {
+            Origin::Checkpoint(checkpoint) => tensor(checkpoint, name, &[len])?.to_f32(),
+            Origin::Random { specs, seed } => {
+                let (values, seed) = values(specs, *seed, name)?;
+                Ok((0..len as u64).map(|index| values.mean + random(seed, index, values.spread)).collect())
+            }
+        }
     }
 
     /// A matrix of weights, with its scales if it is FP8.
-    pub(crate) fn matrix(&self, name: &str, [out, inner]: [usize; 2]) -> Result<StoredLinear> {
-        let weight = self.tensor(name, &[out, inner])?;
-        let scales = if weight.weight_dtype()? == anabranch::Dtype::F8E4m3 {
-            let block = self.config.fp8_block.ok_or_else(|| Error::Checkpoint {
-                path: weight.path().to_owned(),
-                problem: format!(
-                    "tensor {name} is FP8, but config.json has no quantization_config that says how it is scaled"
-                ),
-            })?;
-            let scales =
-                self.tensor(&format!("{name}_scale_inv"), &[out.div_ceil(block[0]), inner.div_ceil(block[1])])?;
-            if scales.dtype() != safetensors::Dtype::F32 {
-                return Err(Error::Checkpoint {
-                    path: scales.path().to_owned(),
-                    problem: format!("tensor {} must be F32, got {:?}", scales.name(), scales.dtype()),
-                });
+    pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<StoredLinear> {
+        let weight = match &self.origin {
+            Origin::Checkpoint(checkpoint) => self.stored(checkpoint, name, shape)?,
+            Origin::Random { specs, seed } => {
+                let (values, seed) = values(specs, *seed, name)?;
+                Source::Random { shape, seed, scale: values.spread }
             }
-            Some((scales, block))
-        } else {
-            None
         };
-        Ok(StoredLinear { weight, scales, bias: None })
+        Ok(StoredLinear { weight, bias: None })
+    }
+
+    fn stored(&self, checkpoint: &Checkpoint, name: &str, [out, inner]: [usize; 2]) -> Result<Source> {
+        let weight = tensor(checkpoint, name, &[out, inner])?;
+        if weight.weight_dtype()? != anabranch::Dtype::F8E4m3 {
+            return Ok(Source::Stored { tensor: weight, scales: None });
+        }
+        let block = self.config.fp8_block.ok_or_else(|| Error::Checkpoint {
+            path: weight.path().to_owned(),
+            problem: format!(
+                "tensor {name} is FP8, but config.json has no quantization_config that says how it is scaled"
+            ),
+        })?;
+        let blocks = [out.div_ceil(block[0]), inner.div_ceil(block[1])];
+        let scales = tensor(checkpoint, &format!("{name}_scale_inv"), &blocks)?;
+        if scales.dtype() != safetensors::Dtype::F32 {
+            return Err(Error::Checkpoint {
+                path: scales.path().to_owned(),
+                problem: format!("tensor {} must be F32, got {:?}", scales.name(), scales.dtype()),
+            });
+        }
+        Ok(Source::Stored { tensor: weight, scales: Some((scales, block)) })
     }
 
     /// `module.weight`, and `module.bias` where the model has one.
@@ -137,10 +271,12 @@ impl Weights<'_> {
     /// the same, as after fine-tuning, Transformers 5 takes the head that is stored.
     pub(crate) fn untied_head(&self) -> Result<bool> {
         let name = "lm_head.weight";
-        if !self.checkpoint.contains(name) {
-            return Ok(false);
+        match &self.origin {
+            Origin::Checkpoint(checkpoint) if checkpoint.contains(name) => {
+                Ok(checkpoint.get(name)?.bytes() != checkpoint.get("model.embed_tokens.weight")?.bytes())
+            }
+            _ => Ok(false),
         }
-        Ok(self.checkpoint.get(name)?.bytes() != self.checkpoint.get("model.embed_tokens.weight")?.bytes())
     }
 
     /// The attention of layer `layer`.

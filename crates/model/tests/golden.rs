@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anabranch_model::{Batch, Cpu, Model, Observer, Segment, TensorFile, TopkIds};
+use anabranch_model::{Batch, Cpu, GivenRouting, Model, Observer, Segment, TensorFile, TopkIds};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(name)
@@ -94,6 +94,37 @@ fn check_forward(name: &str) {
     }
 }
 
+/// The router's own choice, given, changes nothing but the order of sums; another choice does, and a wrong one is refused.
+fn check_given_routing(name: &str) {
+    let (model, expected) = open(name);
+    let Some(moe) = &model.config().moe else { return };
+    let (topk, experts) = (moe.routing.topk(), moe.routing.num_experts() as i32);
+    let ids = expected.tokens("input_ids");
+    let len = ids.len() / 2;
+    let segments = [0, 1].map(|sequence| Segment { sequence, position: 0, len });
+    let batch = Batch { ids: &ids, segments: &segments };
+    let forward = |routing: &GivenRouting| {
+        let hidden = model.forward_with(&batch, &mut model.cache(&[len, len])?, None, routing)?;
+        model.logits(&hidden, &(0..ids.len()).collect::<Vec<_>>())
+    };
+    let layers = (0..model.config().layers.len()).map(|layer| (layer, format!("topk.{layer}")));
+    let mut routing: GivenRouting = layers
+        .filter(|(_, name)| expected.0.names().any(|stored| stored == *name))
+        .map(|(layer, name)| (layer, expected.ids(&name).iter().map(|id| *id as i32).collect()))
+        .map(|(layer, ids)| (layer, TopkIds { ids, topk }))
+        .collect();
+    let off = difference(&forward(&routing).unwrap(), &expected.floats("logits"));
+    assert!(off <= 2e-4, "logits differ by {off:e}");
+
+    let given = routing.values_mut().next().unwrap();
+    given.ids.iter_mut().for_each(|id| *id = (*id + 1) % experts);
+    assert!(difference(&forward(&routing).unwrap(), &expected.floats("logits")) > 1e-2);
+    routing.values_mut().next().unwrap().ids[0] = experts;
+    assert!(forward(&routing).unwrap_err().to_string().starts_with(&format!("expert {experts} is given for layer")));
+    routing.values_mut().next().unwrap().ids.pop();
+    assert!(forward(&routing).unwrap_err().to_string().contains("tokens with"));
+}
+
 /// Sixteen tokens, each the likeliest, through the cache.
 fn check_greedy(name: &str) {
     let (model, expected) = open(name);
@@ -138,6 +169,8 @@ macro_rules! families {
         $(mod $test {
             #[test]
             fn forward() { super::check_forward($name); }
+            #[test]
+            fn given_routing() { super::check_given_routing($name); }
             #[test]
             fn greedy() { super::check_greedy($name); }
             #[test]

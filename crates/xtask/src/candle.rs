@@ -70,7 +70,7 @@ fn stage(folder: &Path) -> Result<(), Failure> {
     run_process(tar.arg(folder.join("candle.tar.xz")).arg("-C").arg(target().join("candle/stage")).arg("candle"))
 }
 
-/// The gate's step: the linter, and the tests; those on a GPU where there is one.
+/// The linter, and the tests; those on a GPU where there is one.
 pub(crate) fn check() -> Result<Outcome, Failure> {
     toolchain::ensure()?;
     let libraries = Libraries::ensure()?;

@@ -9,7 +9,7 @@ use crate::{
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Command, Stdio},
 };
 
 /// The folder's size limit: it travels to other machines.
@@ -18,6 +18,7 @@ const MOST_BYTES: u64 = 30 << 20;
 /// Programs to gather, as (cargo's arguments, target's kind and name in cargo's messages, name in the folder).
 const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
     (&["test", "--no-run", "--package", "anabranch", "--test", "gpu"], "test", "gpu", "gpu-tests"),
+    (&["test", "--no-run", "--package", "anabranch-model", "--test", "gpu"], "test", "gpu", "model-tests"),
     (&["bench", "--no-run", "--package", "anabranch", "--bench", "gpu"], "bench", "gpu", "gpu-benches"),
     (&["build", "--package", "anabranch-cli"], "bin", "anabranch", "anabranch"),
     (&["build", "--package", "anabranch", "--example", "embed_stream"], "example", "embed_stream", "embed_stream"),
@@ -25,8 +26,8 @@ const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
 
 /// Golden layers go along without their gradients.
 const LAYERS: (&str, &str) = ("tests/golden/layers", "golden/layers");
-/// So does a checkpoint for the demo.
-const CHECKPOINT: (&str, &str) = ("tests/golden/models/qwen3-moe", "golden/models/qwen3-moe");
+/// So do the golden checkpoints.
+const CHECKPOINTS: (&str, &str) = ("tests/golden/models", "golden/models");
 
 const RUN: &str = include_str!("run.sh");
 
@@ -41,10 +42,10 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     prepare(&folder)?;
     for (arguments, kind, name, staged) in PROGRAMS {
         let program = build(arguments, kind, name)?;
-        copy(&program, &folder.join(staged))?;
+        pack(&program, &folder.join(format!("{staged}.gz")))?;
     }
     copy_layers(&root().join(LAYERS.0), &folder.join(LAYERS.1))?;
-    copy(&root().join(CHECKPOINT.0), &folder.join(CHECKPOINT.1))?;
+    copy(&root().join(CHECKPOINTS.0), &folder.join(CHECKPOINTS.1))?;
     embedding(&folder)?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
@@ -113,6 +114,21 @@ pub(crate) fn executable_of(messages: &str, kind: &str, name: &str) -> Option<Pa
         let (path, _) = rest.split_once('"')?;
         Some(PathBuf::from(path.replace("\\\\", "\\")))
     })
+}
+
+/// Packs a program: each carries every kernel, and run.sh unpacks those that it runs.
+fn pack(program: &Path, to: &Path) -> Result<(), Failure> {
+    let file = fs::File::create(to).map_err(|error| cannot("make", to, &error))?;
+    let status = Command::new("gzip")
+        .args(["-9", "--no-name", "--stdout"])
+        .arg(program)
+        .stdout(file)
+        .status()
+        .map_err(|error| Failure::Failed(format!("cannot start gzip, which packs the programs: {error}")))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(Failure::Failed(format!("gzip of {} ended with {status}", program.display())))
 }
 
 /// Copies a file, or a folder with all it holds.

@@ -92,6 +92,31 @@ pub fn router<T: Real>(
     Ok(RouterOutput { topk_ids, topk_weights, expert_counts })
 }
 
+/// The weights that [`router`] would give experts chosen elsewhere: `topk_ids` `[T, K]`, -1 for an unused slot.
+///
+/// # Errors
+/// [`Error::Shape`] if a length does not fit, [`Error::Index`] if an id is no expert's.
+pub fn topk_weights<T: Real>(routing: &Routing, logits: &[T], topk_ids: &[i32]) -> Result<Vec<T>> {
+    let (num_experts, topk) = (routing.num_experts(), routing.topk());
+    let num_tokens = logits.len() / num_experts;
+    check_len("topk_weights", "logits", logits.len(), num_tokens * num_experts)?;
+    check_len("topk_weights", "topk_ids", topk_ids.len(), num_tokens * topk)?;
+    if let Some(id) = topk_ids.iter().find(|id| **id >= num_experts as i32) {
+        let (operation, argument, got) = ("topk_weights", "topk_ids", i64::from(*id));
+        return Err(Error::Index { operation, argument, limit: num_experts, got });
+    }
+    let mut topk_weights = vec![T::ZERO; topk_ids.len()];
+    let tokens = topk_ids.chunks_exact(topk).zip(topk_weights.chunks_exact_mut(topk));
+    for (logits, (ids, weights)) in logits.chunks_exact(num_experts).zip(tokens) {
+        let used: Vec<usize> = (0..topk).filter(|slot| ids[*slot] >= 0).collect();
+        let chosen: Vec<i32> = used.iter().map(|slot| ids[*slot]).collect();
+        let mut weighed = vec![T::ZERO; chosen.len()];
+        weigh(routing, logits, &scores(routing.score(), logits), &chosen, &mut weighed);
+        used.iter().zip(weighed).for_each(|(slot, weight)| weights[*slot] = weight);
+    }
+    Ok(topk_weights)
+}
+
 /// The weights of the chosen experts.
 fn weigh<T: Real>(routing: &Routing, logits: &[T], scores: &[T], ids: &[i32], weights: &mut [T]) {
     if logits.iter().any(|logit| logit.is_nan()) {

@@ -24,8 +24,10 @@ struct Finding {
 }
 
 pub(crate) fn run(_: &Arguments) -> Result<(), Failure> {
+    let mut running = vec![processor(), memory(), disk(), driver()];
+    running.extend(kernels());
     let sections = [
-        ("Running models", vec![processor(), memory(), disk(), driver(), cuda_build()]),
+        ("Running models", running),
         ("Building with CUDA kernels", vec![nvcc(), libclang(), compiler()]),
         (
             "Working on anabranch",
@@ -115,9 +117,38 @@ fn driver() -> Finding {
     Finding { name: "GPU", purpose: "runs models with CUDA kernels", state }
 }
 
-fn cuda_build() -> Finding {
+#[cfg(not(feature = "cuda"))]
+fn kernels() -> Vec<Finding> {
     let state = Err("this build runs on the processor only".to_owned());
-    Finding { name: "CUDA build", purpose: "lets --device cuda use the GPU", state }
+    vec![Finding { name: "CUDA build", purpose: "lets --device cuda use the GPU", state }]
+}
+
+/// Every GPU that the kernels of this build can see, and what they can do there.
+#[cfg(feature = "cuda")]
+fn kernels() -> Vec<Finding> {
+    use anabranch::cuda::Device;
+    let finding = |state| Finding { name: "CUDA build", purpose: "lets --device cuda use the GPU", state };
+    match Device::count() {
+        Err(error) => vec![finding(Err(error.to_string()))],
+        Ok(0) => vec![finding(Err("the driver shows no GPU to this process".to_owned()))],
+        Ok(count) => (0..count)
+            .map(|ordinal| {
+                finding(Device::open(ordinal).and_then(|device| usable(ordinal, &device)).map_err(|e| e.to_string()))
+            })
+            .collect(),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn usable(ordinal: usize, device: &anabranch::cuda::Device) -> anabranch::Result<String> {
+    let ((major, minor), (free, total)) = (device.capability(), device.memory()?);
+    let path = if (major, minor) == (9, 0) { "Hopper's own instructions for experts" } else { "the portable kernels" };
+    Ok(format!(
+        "cuda:{ordinal} runs every model in bf16, with {path}: {}, compute capability {major}.{minor}, {} of {} free",
+        device.name()?,
+        units::bytes(free as u64),
+        units::bytes(total as u64)
+    ))
 }
 
 /// The compiler's places, in the order in which the build looks.

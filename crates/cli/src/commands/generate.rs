@@ -1,16 +1,16 @@
 //! `anabranch generate`: text from a checkpoint, as it comes.
 
 use crate::{
-    device::Device,
+    device::{Place, Task, Where},
     failure::Failure,
     interrupt,
     memory::{self, Demand},
-    output, progress, units,
+    output,
+    source::Source,
+    units,
 };
 use anabranch::Sampling;
-use anabranch_model::{
-    Config, Cpu, Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate,
-};
+use anabranch_model::{Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate};
 use std::{
     fs,
     io::{self, IsTerminal, Read},
@@ -23,14 +23,14 @@ use std::{
 #[command(after_help = "Examples:\n  \
     anabranch generate --model DIR --prompt 'The river' --max-new-tokens 64\n  \
     anabranch generate --model DIR --chat --temperature 0.7 --top-p 0.95 --seed 1 < question.txt\n  \
-    anabranch generate --model DIR --prompt 'One' --prompt 'Two' --stats\n\n\
+    anabranch generate --model DIR --prompt 'One' --prompt 'Two' --stats\n  \
+    anabranch generate --random-weights deepseek-moe-16b --device cuda --prompt 'One' --stats\n\n\
     Without sampling options the likeliest token is taken every time. The same options and seed give the same text.\n\
     Text ends at an end-of-text token, at a --stop string (which is not printed) or after --max-new-tokens.\n\
     A closed pipe (`anabranch generate ... | head -c 100`) ends the run quietly, with success.")]
 pub(crate) struct Arguments {
-    /// Folder with config.json, safetensors files and tokenizer.json
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// Text to continue; several are run together, and printed one after another [default: standard input]
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
     prompt: Vec<String>,
@@ -40,9 +40,8 @@ pub(crate) struct Arguments {
     /// Put the prompt in the checkpoint's chat template, as the user's message
     #[arg(long)]
     chat: bool,
-    /// Where to run: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: Device,
+    #[command(flatten)]
+    place: Where,
     /// Most tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = super::at_least_one)]
     max_new_tokens: usize,
@@ -77,37 +76,42 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    arguments.device.check()?;
-    let sampling = arguments.sampling()?;
-    let texts = arguments.texts()?;
-    let config = Config::from_dir(&arguments.model)?;
-    let tokenizer = Tokenizer::from_dir(&arguments.model)?;
-    let encode = |text: &String| {
-        if arguments.chat { tokenizer.encode_chat(&[Message::user(text)]) } else { tokenizer.encode(text) }
-    };
-    let prompts = texts.iter().map(encode).collect::<Result<Vec<_>, Error>>()?;
-    let most =
-        |prompt: &Vec<u32>| prompt.len().saturating_add(arguments.max_new_tokens).min(config.max_position_embeddings);
-    let demand = Demand { cached_tokens: prompts.iter().map(most).sum(), logit_rows: prompts.len() };
-    memory::check(&arguments.model, &config, &demand, arguments.memory_limit)?;
-    let options = GenerateOptions {
-        max_new_tokens: arguments.max_new_tokens,
-        sampling,
-        seed: arguments.seed,
-        stop: arguments.stop.clone(),
-        eos: config.eos_token_ids.clone(),
-    };
-    let model = progress::loading(|report| Model::load(&arguments.model, Cpu, report))?;
-    let generated = interrupt::deferred(|| speak(&model, &tokenizer, &prompts, &options))?;
-    if arguments.stats {
-        output::complain(&report(&generated.stats));
+    arguments.place.run(arguments)
+}
+
+impl Task for &Arguments {
+    fn on<P: Place>(self, place: P) -> Result<(), Failure> {
+        let sampling = self.sampling()?;
+        let texts = self.texts()?;
+        let config = self.source.config()?;
+        let tokenizer = self.source.tokenizer(&config)?;
+        let encode = |text: &String| {
+            if self.chat { tokenizer.encode_chat(&[Message::user(text)]) } else { tokenizer.encode(text) }
+        };
+        let prompts = texts.iter().map(encode).collect::<Result<Vec<_>, Error>>()?;
+        let most =
+            |prompt: &Vec<u32>| prompt.len().saturating_add(self.max_new_tokens).min(config.max_position_embeddings);
+        let demand = Demand { cached_tokens: prompts.iter().map(most).sum(), logit_rows: prompts.len() };
+        memory::check::<P>(&self.source, &config, &demand, self.memory_limit)?;
+        let options = GenerateOptions {
+            max_new_tokens: self.max_new_tokens,
+            sampling,
+            seed: self.seed,
+            stop: self.stop.clone(),
+            eos: config.eos_token_ids.clone(),
+        };
+        let model = self.source.load(&config, place)?;
+        let generated = interrupt::deferred(|| speak(&model, &tokenizer, &prompts, &options))?;
+        if self.stats {
+            output::complain(&report(&generated.stats, &model.backend().memory()?));
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Generates, and prints: the text of a single prompt as it comes, those of several one after another under a heading.
-fn speak(
-    model: &Model,
+fn speak<P: Place>(
+    model: &Model<P>,
     tokenizer: &Tokenizer,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
@@ -145,7 +149,7 @@ fn speak(
 }
 
 /// What `--stats` says.
-fn report(stats: &Stats) -> String {
+fn report(stats: &Stats, memory: &[[String; 2]]) -> String {
     let line = |what: &str, tokens: usize, time: Duration| {
         let seconds = time.as_secs_f64();
         let rate =
@@ -154,9 +158,7 @@ fn report(stats: &Stats) -> String {
     };
     let mut rows =
         vec![line("prefill", stats.prompt_tokens, stats.prefill), line("decode", stats.decoded_tokens, stats.decode)];
-    if let Some(peak) = anabranch_model::memory::peak_resident() {
-        rows.push(vec!["peak memory".to_owned(), units::bytes(peak)]);
-    }
+    rows.extend(memory.iter().map(|row| row.to_vec()));
     units::table(&rows, &[1, 2, 3]).trim_end().to_owned()
 }
 
@@ -284,8 +286,8 @@ mod tests {
             decoded_tokens: 4,
             decode: Duration::ZERO,
         };
-        let report = report(&stats);
+        let report = report(&stats, &[["peak memory".to_owned(), "1.0 GiB".to_owned()]]);
         assert!(report.contains("prefill") && report.contains("20.0 tokens/s"), "{report}");
-        assert!(report.contains("no time"), "{report}");
+        assert!(report.contains("no time") && report.contains("peak memory"), "{report}");
     }
 }

@@ -1,16 +1,12 @@
 //! `anabranch init`: a random checkpoint of any configuration.
 
-use crate::{disk, failure::Failure, interrupt, output, progress, units};
+use crate::{disk, failure::Failure, interrupt, output, progress, source::configuration, units};
 use anabranch::Dtype;
 use anabranch_model::{
     Error,
     init::{InitOptions, init},
-    presets,
 };
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 /// Make a random checkpoint in the Hugging Face layout, to try sizes and speeds without a download
 #[derive(clap::Args)]
@@ -70,26 +66,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         })
     })?;
     output::print(&format!("{}: {} of random weights\n", arguments.out.display(), units::bytes(written)))
-}
-
-/// The path that errors name, and the JSON text.
-fn configuration(named: &str) -> Result<(PathBuf, String), Failure> {
-    let mut path = PathBuf::from(named);
-    if path.is_dir() {
-        path.push("config.json");
-    }
-    if !path.exists() {
-        if let Some(text) = presets::json(named) {
-            return Ok((path, text.to_owned()));
-        }
-        let names: Vec<_> = presets::names().collect();
-        return Err(Failure::Failed(format!(
-            "{named}: no such file, and no preset: the presets are {}",
-            names.join(", ")
-        )));
-    }
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    Ok((path, text))
 }
 
 /// Fails at once rather than after an hour of writing.

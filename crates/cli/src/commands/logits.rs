@@ -1,14 +1,15 @@
 //! `anabranch logits`: the numbers behind the text, to compare another implementation with.
 
 use crate::{
-    device::Device,
+    device::{Place, Task, Where},
     failure::Failure,
     interrupt,
     memory::{self, Demand},
-    progress, units,
+    source::Source,
+    units,
 };
 use anabranch_model::{
-    Backend, Batch, Config, Cpu, Error, Model, Observer, Segment, TensorFile, TopkIds,
+    Backend, Batch, Config, Error, Model, Observer, Segment, TensorFile, TopkIds,
     checkpoint::{TensorLayout, TensorWriter, write_tensor_file},
 };
 use safetensors::Dtype;
@@ -28,21 +29,16 @@ use std::{
            topk.N     int64    [B*T, K]   with --hidden: experts that layer N chose, ascending (MoE layers only)\n\n\
     The file appears whole or not at all.")]
 pub(crate) struct Arguments {
-    /// Folder with config.json and safetensors files
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// Safetensors file with `input_ids`
     #[arg(long, value_name = "FILE")]
     input_ids: PathBuf,
     /// Safetensors file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Where to run: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: Device,
-    /// What to compute in
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
-    dtype: Precision,
+    #[command(flatten)]
+    place: Where,
     /// Also write the hidden states of every layer and the experts that each router chose
     #[arg(long)]
     hidden: bool,
@@ -51,29 +47,25 @@ pub(crate) struct Arguments {
     memory_limit: Option<u64>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Precision {
-    F32,
-    Bf16,
-}
-
 /// Logits computed at a time: a page of rows, not [B, T, V] at once.
 const ROWS: usize = 256;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    arguments.device.check()?;
-    if arguments.dtype == Precision::Bf16 {
-        return Err(Failure::Failed("the CPU computes in f32 only; leave out --dtype bf16".to_owned()));
+    arguments.place.run(arguments)
+}
+
+impl Task for &Arguments {
+    fn on<P: Place>(self, place: P) -> Result<(), Failure> {
+        let config = self.source.config()?;
+        let ids = InputIds::read(&self.input_ids, &config)?;
+        let demand = Demand { cached_tokens: ids.length, logit_rows: ROWS.min(ids.length) };
+        memory::check::<P>(&self.source, &config, &demand, self.memory_limit)?;
+        let model = self.source.load(&config, place)?;
+        // No file is there yet: Ctrl-C may end a pass at once, however long it is.
+        let run = |sequence| Pass::run(&model, sequence, self.hidden);
+        let passes = ids.sequences().map(run).collect::<Result<Vec<_>, Failure>>()?;
+        interrupt::deferred(|| write(&self.out, &model, ids.length, &passes))
     }
-    let config = Config::from_dir(&arguments.model)?;
-    let ids = InputIds::read(&arguments.input_ids, &config)?;
-    let demand = Demand { cached_tokens: ids.length, logit_rows: ROWS.min(ids.length) };
-    memory::check(&arguments.model, &config, &demand, arguments.memory_limit)?;
-    let model = progress::loading(|report| Model::load(&arguments.model, Cpu, report))?;
-    // No file is there yet: Ctrl-C may end a pass at once, however long it is.
-    let run = |sequence| Pass::run(&model, sequence, arguments.hidden);
-    let passes = ids.sequences().map(run).collect::<Result<Vec<_>, Failure>>()?;
-    interrupt::deferred(|| write(&arguments.out, &model, ids.length, &passes))
 }
 
 /// The sequences of the input file, every id below the vocabulary's size.
@@ -115,7 +107,7 @@ impl InputIds {
 /// What one sequence gave.
 struct Pass<B: Backend> {
     /// After the final norm, where the logits come from.
-    last: B::Tensor,
+    last: B::Hidden,
     seen: Capture,
 }
 
@@ -194,7 +186,7 @@ fn layout(name: String, dtype: Dtype, shape: Vec<usize>) -> TensorLayout<'static
 
 fn write_logits<B: Backend>(
     model: &Model<B>,
-    last: &B::Tensor,
+    last: &B::Hidden,
     length: usize,
     file: &mut TensorWriter<'_>,
 ) -> Result<(), Error> {

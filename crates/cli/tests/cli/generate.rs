@@ -157,9 +157,24 @@ fn what_this_machine_and_build_cannot_do() {
     let refused = |more: &[&str], words: &[&str]| {
         generate("llama", &[&["--prompt", "a"], more].concat()).failure(1, words);
     };
+    #[cfg(not(feature = "cuda"))]
     refused(&["--device", "cuda:0"], &["no CUDA support", "--device cpu"]);
+    #[cfg(feature = "cuda")]
+    refused(&["--device", "cuda:1000"], &["no usable CUDA GPU"]);
+    #[cfg(feature = "cuda")]
+    refused(&["--device", "cuda", "--dtype", "f32"], &["bf16 only", "--device cpu"]);
+    refused(&["--device", "cpu", "--dtype", "bf16"], &["f32 only"]);
     refused(&["--memory-limit", "100K"], &["needs", "available"]);
     run(&["generate", "--model", "/no/such/folder", "--prompt", "a"]).failure(1, &["/no/such/folder"]);
+}
+
+#[test]
+fn random_weights_are_for_a_gpu() {
+    let random = |more: &[&str]| run(&[&["generate", "--random-weights"], more].concat());
+    random(&["olmoe-1b-7b", "--prompt", "a", "--device", "cpu"]).failure(1, &["random weights", "`anabranch init`"]);
+    random(&["no-such-preset", "--prompt", "a", "--device", "cpu"]).failure(1, &["no such file", "olmoe-1b-7b"]);
+    random(&["olmoe-1b-7b", "--model", "x", "--prompt", "a"]).failure(2, &["cannot be used with"]);
+    run(&["generate", "--prompt", "a"]).failure(2, &["required arguments"]);
 }
 
 #[test]

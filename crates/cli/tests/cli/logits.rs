@@ -169,8 +169,11 @@ fn files_that_are_no_input() {
 #[test]
 fn what_this_build_cannot_do() {
     let case = Case::new(&[1, 1], &[1]);
-    case.refused("llama", &["--dtype", "bf16"], &["f32", "bf16"]);
+    case.refused("llama", &["--device", "cpu", "--dtype", "bf16"], &["f32", "bf16"]);
+    #[cfg(not(feature = "cuda"))]
     case.refused("llama", &["--device", "cuda"], &["no CUDA support", "--device cpu"]);
+    #[cfg(feature = "cuda")]
+    case.refused("llama", &["--device", "cuda", "--dtype", "f32"], &["bf16 only", "--device cpu"]);
     case.refused("llama", &["--memory-limit", "100K"], &["needs", "available"]);
     case.run("llama", &["--dtype", "f64"]).failure(2, &["f64"]);
     case.run("llama", &["--device", "gpu"]).failure(2, &["gpu", "auto, cpu, cuda"]);

@@ -1,10 +1,12 @@
 //! Attention on the CPU: projections, rotation, cache write, attention, output projection.
 
-use anabranch::reference::{
-    AttentionShape, LatentShape, RopeTable, attention, latent_attention, linear, rms_norm, rotate,
-};
+use anabranch::reference::{AttentionShape, LatentShape, attention, latent_attention, linear, rms_norm, rotate};
 
-use super::{CpuCache, CpuTensor, layer, matrix, project};
+use super::{
+    CpuTensor,
+    cache::{Pass, Slots},
+    layer, project,
+};
 use crate::{
     Config, Error, Result, Segment,
     config::Attention,
@@ -73,7 +75,7 @@ impl CpuAttention {
             ) => {
                 let shape =
                     LatentShape { num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, scale };
-                let kv_b = matrix(&kv_b)?.to_vec();
+                let kv_b = kv_b.matrix()?.to_vec();
                 let latent = Latent { shape, q_a, q, kv_a, kv_a_norm, norm_eps, kv_b };
                 Ok(Self { kind: Kind::Latent(latent), output: o })
             }
@@ -81,17 +83,10 @@ impl CpuAttention {
         }
     }
 
-    pub(super) fn forward(
-        &self,
-        x: &CpuTensor,
-        index: usize,
-        segments: &[Segment],
-        rope: &RopeTable,
-        cache: &mut CpuCache,
-    ) -> Result<CpuTensor> {
+    pub(super) fn forward(&self, x: &CpuTensor, index: usize, pass: &Pass, slots: &mut Slots) -> Result<CpuTensor> {
         let heads = match &self.kind {
-            Kind::Grouped(grouped) => grouped.forward(x, index, segments, rope, cache)?,
-            Kind::Latent(latent) => latent.forward(x, index, segments, rope, cache)?,
+            Kind::Grouped(grouped) => grouped.forward(x, index, pass, slots)?,
+            Kind::Latent(latent) => latent.forward(x, index, pass, slots)?,
         };
         Ok(CpuTensor { values: linear(&heads, x.rows(), &layer(&self.output)?)?, width: x.width })
     }
@@ -107,14 +102,7 @@ fn rows(segments: &[Segment]) -> impl Iterator<Item = (&Segment, std::ops::Range
 }
 
 impl Grouped {
-    fn forward(
-        &self,
-        x: &CpuTensor,
-        index: usize,
-        segments: &[Segment],
-        rope: &RopeTable,
-        cache: &mut CpuCache,
-    ) -> Result<Vec<f32>> {
+    fn forward(&self, x: &CpuTensor, index: usize, pass: &Pass, slots: &mut Slots) -> Result<Vec<f32>> {
         let AttentionShape { num_heads, num_kv_heads, key_dim, .. } = self.shape;
         let (mut q, mut k, mut v) = (project(x, &self.q)?, project(x, &self.k)?, project(x, &self.v)?);
         if let Some([q_norm, k_norm]) = &self.qk_norm {
@@ -125,12 +113,12 @@ impl Grouped {
         if let Some(limit) = self.clip {
             [&mut q, &mut k, &mut v].into_iter().flatten().for_each(|value| *value = value.clamp(-limit, limit));
         }
-        rotate(&mut q, num_heads, key_dim, 0, rope)?;
-        rotate(&mut k, num_kv_heads, key_dim, 0, rope)?;
+        rotate(&mut q, num_heads, key_dim, 0, &pass.rope)?;
+        rotate(&mut k, num_kv_heads, key_dim, 0, &pass.rope)?;
         let (width, kv_width) = (num_heads * key_dim, num_kv_heads * key_dim);
         let mut out = Vec::with_capacity(q.len());
-        for (segment, rows) in rows(segments) {
-            let slot = cache.slot(index, segment, kv_width)?;
+        for (segment, rows) in rows(&pass.segments) {
+            let slot = slots.slot(index, segment, kv_width)?;
             slot.keys.extend_from_slice(&k[rows.start * kv_width..rows.end * kv_width]);
             slot.values.extend_from_slice(&v[rows.start * kv_width..rows.end * kv_width]);
             let q = &q[rows.start * width..rows.end * width];
@@ -141,14 +129,7 @@ impl Grouped {
 }
 
 impl Latent {
-    fn forward(
-        &self,
-        x: &CpuTensor,
-        index: usize,
-        segments: &[Segment],
-        rope: &RopeTable,
-        cache: &mut CpuCache,
-    ) -> Result<Vec<f32>> {
+    fn forward(&self, x: &CpuTensor, index: usize, pass: &Pass, slots: &mut Slots) -> Result<Vec<f32>> {
         let LatentShape { num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, .. } = self.shape;
         let mut q = match &self.q_a {
             Some((down, norm)) => {
@@ -158,7 +139,7 @@ impl Latent {
             None => project(x, &self.q)?,
         };
         let head_dim = qk_nope_head_dim + qk_rope_head_dim;
-        rotate(&mut q, num_heads, head_dim, qk_nope_head_dim, rope)?;
+        rotate(&mut q, num_heads, head_dim, qk_nope_head_dim, &pass.rope)?;
 
         let mut latents = project(x, &self.kv_a)?;
         let width = kv_lora_rank + qk_rope_head_dim;
@@ -166,12 +147,12 @@ impl Latent {
             let normed = rms_norm(&row[..kv_lora_rank], &self.kv_a_norm, self.norm_eps)?;
             row[..kv_lora_rank].copy_from_slice(&normed);
         }
-        rotate(&mut latents, 1, width, kv_lora_rank, rope)?;
+        rotate(&mut latents, 1, width, kv_lora_rank, &pass.rope)?;
 
         let q_width = num_heads * head_dim;
         let mut out = Vec::with_capacity(x.rows() * num_heads * v_head_dim);
-        for (segment, rows) in rows(segments) {
-            let slot = cache.slot(index, segment, width)?;
+        for (segment, rows) in rows(&pass.segments) {
+            let slot = slots.slot(index, segment, width)?;
             slot.keys.extend_from_slice(&latents[rows.start * width..rows.end * width]);
             let q = &q[rows.start * q_width..rows.end * q_width];
             out.extend(latent_attention(&self.shape, q, &slot.keys, &self.kv_b)?);

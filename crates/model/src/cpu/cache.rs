@@ -1,10 +1,31 @@
 //! Keys and values on the CPU.
 
-use crate::{Error, Result, Segment};
+use anabranch::reference::RopeTable;
 
-/// A cache of float32 rows for every layer and sequence; it grows with the sequence, up to the slot's capacity.
+use super::CpuTensor;
+use crate::{Config, Error, Result, Segment};
+
+/// A cache of float32 rows for every layer and sequence, which grows with the sequence up to its slot's capacity, and the pass under
+/// way.
 #[derive(Debug)]
 pub struct CpuCache {
+    pub(super) slots: Slots,
+    pub(super) pass: Pass,
+}
+
+/// What one pass works with.
+#[derive(Debug)]
+pub(super) struct Pass {
+    pub(super) segments: Vec<Segment>,
+    /// cos and sin of every token's position.
+    pub(super) rope: RopeTable,
+    /// The residual stream.
+    pub(super) x: CpuTensor,
+}
+
+/// Keys and values.
+#[derive(Debug)]
+pub(super) struct Slots {
     capacities: Vec<usize>,
     /// `[layer][sequence]`.
     layers: Vec<Vec<Slot>>,
@@ -18,10 +39,21 @@ pub(super) struct Slot {
 }
 
 impl CpuCache {
-    pub(super) fn new(layers: usize, capacities: &[usize]) -> Self {
-        Self { capacities: capacities.to_vec(), layers: vec![vec![Slot::default(); capacities.len()]; layers] }
+    pub(super) fn new(config: &Config, capacities: &[usize]) -> Self {
+        let layers = vec![vec![Slot::default(); capacities.len()]; config.layers.len()];
+        let x = CpuTensor { values: Vec::new(), width: config.hidden_size };
+        Self { slots: Slots { capacities: capacities.to_vec(), layers }, pass: Pass::new(config, &[], x) }
     }
+}
 
+impl Pass {
+    pub(super) fn new(config: &Config, segments: &[Segment], x: CpuTensor) -> Self {
+        let positions = segments.iter().flat_map(|segment| segment.position..segment.position + segment.len);
+        Self { segments: segments.to_vec(), rope: RopeTable::new(&config.rope, positions), x }
+    }
+}
+
+impl Slots {
     /// The segment's slot, cut back to where the segment begins. Keys are `key_width` wide.
     pub(super) fn slot(&mut self, layer: usize, segment: &Segment, key_width: usize) -> Result<&mut Slot> {
         let Segment { sequence, position, len } = *segment;

@@ -8,12 +8,15 @@ pub use cache::CpuCache;
 
 use anabranch::{
     Routing,
-    reference::{Expert, Linear, Matrix, MoeLayer, SharedExpert, embedding, expert_forward, linear, rms_norm},
+    reference::{
+        Expert, Linear, MoeLayer, SharedExpert, embedding, expert_forward, linear, rms_norm, router, topk_weights,
+    },
 };
 
+use self::cache::Pass;
 use crate::{
-    Backend, Config, Error, Result,
-    backend::{Positions, TopkIds},
+    Backend, Batch, Config, Error, Result,
+    backend::{Routed, TopkIds, check_row},
     weights::{AttentionWeights, FeedForwardWeights, StoredLinear, SwiGluWeights},
 };
 
@@ -32,28 +35,14 @@ impl CpuTensor {
     fn rows(&self) -> usize {
         self.values.len() / self.width
     }
-}
 
-fn matrix(stored: &StoredLinear) -> Result<Matrix<'_>> {
-    let [rows, columns] = *stored.weight.shape() else {
-        return Err(Error::Checkpoint {
-            path: stored.weight.path().to_owned(),
-            problem: format!(
-                "tensor {} must have 2 dimensions, got shape {:?}",
-                stored.weight.name(),
-                stored.weight.shape()
-            ),
-        });
-    };
-    let matrix = Matrix::new(stored.weight.weight_dtype()?, rows, columns, stored.weight.bytes())?;
-    Ok(match &stored.scales {
-        Some((scales, block)) => matrix.with_scales(scales.bytes(), *block)?,
-        None => matrix,
-    })
+    fn add(&mut self, y: &Self) {
+        self.values.iter_mut().zip(&y.values).for_each(|(x, y)| *x += y);
+    }
 }
 
 fn layer(stored: &StoredLinear) -> Result<Linear<'_>> {
-    Ok(Linear { weight: matrix(stored)?, bias: stored.bias.as_deref() })
+    Ok(Linear { weight: stored.matrix()?, bias: stored.bias.as_deref() })
 }
 
 fn expert(stored: &SwiGluWeights) -> Result<Expert<'_>> {
@@ -65,19 +54,23 @@ fn project(x: &CpuTensor, stored: &StoredLinear) -> Result<Vec<f32>> {
 }
 
 impl Backend for Cpu {
-    type Tensor = CpuTensor;
+    type Hidden = CpuTensor;
     type Table = StoredLinear;
     type Norm = Vec<f32>;
     type Attention = CpuAttention;
     type FeedForward = FeedForwardWeights;
     type Cache = CpuCache;
 
+    fn prepare(&self, _: &Config) -> Result<()> {
+        Ok(())
+    }
+
     fn load_table(&self, weights: &StoredLinear) -> Result<StoredLinear> {
-        matrix(weights)?;
+        weights.matrix()?;
         Ok(weights.clone())
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Vec<f32>> {
+    fn load_norm(&self, _: &Config, weight: Vec<f32>) -> Result<Vec<f32>> {
         Ok(weight)
     }
 
@@ -90,89 +83,107 @@ impl Backend for Cpu {
     }
 
     fn cache(&self, config: &Config, capacities: &[usize]) -> Result<CpuCache> {
-        Ok(CpuCache::new(config.layers.len(), capacities))
+        Ok(CpuCache::new(config, capacities))
     }
 
-    fn embed(&self, table: &StoredLinear, ids: &[u32]) -> Result<CpuTensor> {
-        let table = matrix(table)?;
-        Ok(CpuTensor { values: embedding(&table, ids)?, width: table.columns() })
-    }
-
-    fn norm(&self, config: &Config, x: &CpuTensor, norm: &Vec<f32>) -> Result<CpuTensor> {
-        Ok(CpuTensor { values: rms_norm(&x.values, norm, config.rms_norm_eps)?, width: x.width })
-    }
-
-    fn add(&self, x: &mut CpuTensor, y: &CpuTensor) -> Result<()> {
-        x.values.iter_mut().zip(&y.values).for_each(|(x, y)| *x += y);
+    fn embed(&self, config: &Config, table: &StoredLinear, batch: &Batch<'_>, cache: &mut CpuCache) -> Result<()> {
+        let x = CpuTensor { values: embedding(&table.matrix()?, batch.ids)?, width: config.hidden_size };
+        cache.pass = Pass::new(config, batch.segments, x);
         Ok(())
     }
 
     fn attention(
         &self,
-        _: &Config,
+        config: &Config,
+        norm: &Vec<f32>,
         weights: &CpuAttention,
-        x: &CpuTensor,
         layer: usize,
-        positions: &Positions<'_>,
         cache: &mut CpuCache,
-    ) -> Result<CpuTensor> {
-        weights.forward(x, layer, positions.segments, &positions.rope, cache)
+    ) -> Result<()> {
+        let CpuCache { slots, pass } = cache;
+        let delta = weights.forward(&normed(config, &pass.x, norm)?, layer, pass, slots)?;
+        pass.x.add(&delta);
+        Ok(())
     }
 
     fn feed_forward(
         &self,
         config: &Config,
+        norm: &Vec<f32>,
         weights: &FeedForwardWeights,
-        x: &CpuTensor,
-        _: bool,
-    ) -> Result<(CpuTensor, Option<TopkIds>)> {
-        match weights {
-            FeedForwardWeights::Dense(weights) => {
-                let values = expert_forward(&x.values, x.rows(), &expert(weights)?)?;
-                Ok((CpuTensor { values, width: x.width }, None))
-            }
+        routing: &mut Routed<'_>,
+        cache: &mut CpuCache,
+    ) -> Result<()> {
+        let pass = &mut cache.pass;
+        let x = normed(config, &pass.x, norm)?;
+        let values = match weights {
+            FeedForwardWeights::Dense(weights) => expert_forward(&x.values, x.rows(), &expert(weights)?)?,
             FeedForwardWeights::Moe { gate, selection_bias, experts, shared } => {
-                let routing = config.moe.as_ref().map(|moe| moe.routing).ok_or_else(|| {
+                let rule = config.moe.as_ref().map(|moe| moe.routing).ok_or_else(|| {
                     Error::Input("a layer has routed experts, but the configuration describes none".into())
                 })?;
-                moe(routing, gate, selection_bias.as_deref(), experts, shared.as_ref(), x)
+                moe(&moe_layer(rule, gate, selection_bias.as_deref(), experts, shared.as_ref())?, &x, routing)?
             }
-        }
+        };
+        pass.x.add(&CpuTensor { values, width: x.width });
+        Ok(())
     }
 
-    fn logits(&self, head: &StoredLinear, x: &CpuTensor, rows: &[usize]) -> Result<Vec<f32>> {
-        let mut chosen = Vec::with_capacity(rows.len() * x.width);
-        for row in rows {
-            if *row >= x.rows() {
-                return Err(Error::Input(format!("row {row} of {} rows of hidden states does not exist", x.rows())));
-            }
-            chosen.extend_from_slice(&x.values[row * x.width..(row + 1) * x.width]);
+    fn residual(&self, _: &Config, cache: &mut CpuCache) -> Result<Vec<f32>> {
+        Ok(cache.pass.x.values.clone())
+    }
+
+    fn hidden(&self, config: &Config, norm: &Vec<f32>, cache: &mut CpuCache) -> Result<CpuTensor> {
+        normed(config, &cache.pass.x, norm)
+    }
+
+    fn read(&self, _: &Config, hidden: &CpuTensor) -> Result<Vec<f32>> {
+        Ok(hidden.values.clone())
+    }
+
+    fn logits(&self, _: &Config, head: &StoredLinear, hidden: &CpuTensor, rows: &[usize]) -> Result<Vec<f32>> {
+        let (count, width) = (hidden.rows(), hidden.width);
+        let mut chosen = Vec::with_capacity(rows.len() * width);
+        for &row in rows {
+            check_row(row, count)?;
+            chosen.extend_from_slice(&hidden.values[row * width..(row + 1) * width]);
         }
         Ok(linear(&chosen, rows.len(), &layer(head)?)?)
     }
-
-    fn read(&self, x: &CpuTensor) -> Result<Vec<f32>> {
-        Ok(x.values.clone())
-    }
 }
 
-fn moe(
+fn normed(config: &Config, x: &CpuTensor, norm: &[f32]) -> Result<CpuTensor> {
+    Ok(CpuTensor { values: rms_norm(&x.values, norm, config.rms_norm_eps)?, width: x.width })
+}
+
+fn moe_layer<'a>(
     routing: Routing,
-    gate: &StoredLinear,
-    selection_bias: Option<&[f32]>,
-    experts: &[SwiGluWeights],
-    shared: Option<&(SwiGluWeights, Option<StoredLinear>)>,
-    x: &CpuTensor,
-) -> Result<(CpuTensor, Option<TopkIds>)> {
+    gate: &'a StoredLinear,
+    selection_bias: Option<&'a [f32]>,
+    experts: &'a [SwiGluWeights],
+    shared: Option<&'a (SwiGluWeights, Option<StoredLinear>)>,
+) -> Result<MoeLayer<'a>> {
     let shared = match shared {
         Some((weights, gate)) => {
             Some(SharedExpert { expert: expert(weights)?, gate: gate.as_ref().map(layer).transpose()? })
         }
         None => None,
     };
-    let gate = layer(gate)?;
     let experts = experts.iter().map(expert).collect::<Result<_>>()?;
-    let out = MoeLayer { routing, gate, selection_bias, experts, shared }.forward(&x.values, None)?;
-    let ids = TopkIds { ids: out.routing.topk_ids, topk: routing.topk() };
-    Ok((CpuTensor { values: out.y, width: x.width }, Some(ids)))
+    Ok(MoeLayer { routing, gate: layer(gate)?, selection_bias, experts, shared })
+}
+
+fn moe(layer: &MoeLayer<'_>, x: &CpuTensor, routed: &mut Routed<'_>) -> Result<Vec<f32>> {
+    let rule = &layer.routing;
+    let logits = linear(&x.values, x.rows(), &layer.gate)?;
+    let mut routing = router(rule, &logits, layer.selection_bias, None)?;
+    if let Some(given) = routed.given {
+        routing.topk_weights = topk_weights(rule, &logits, &given.ids)?;
+        routing.topk_ids.clone_from(&given.ids);
+    }
+    let y = layer.forward_routed(&x.values, &routing)?;
+    if routed.wanted {
+        routed.taken = Some((TopkIds { ids: routing.topk_ids, topk: rule.topk() }, logits));
+    }
+    Ok(y)
 }

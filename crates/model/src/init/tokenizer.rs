@@ -13,7 +13,7 @@ const BYTES: usize = 256;
 ///
 /// The configuration's beginning and end of text keep their ids, the bytes take the lowest others. All further ids are
 /// made-up words, which no text is encoded to but which show what a random model chooses.
-pub(super) fn byte_level(config: &Config) -> Option<(Value, Value)> {
+pub(crate) fn byte_level(config: &Config) -> Option<(Value, Value)> {
     if config.vocab_size < BYTES + 2 {
         return None;
     }

@@ -30,16 +30,22 @@ const CHUNKS: usize = 64;
 /// Normal values beyond this are cut off in FP8 (one in 500 million).
 const FP8_SIGMAS: f32 = 6.0;
 const FP8_MAX: f32 = 448.0;
-/// Mean and, for uniform values, half the width of what a tensor holds.
+/// How what a tensor holds is distributed.
 #[derive(Clone, Copy)]
-struct Values {
-    mean: f32,
-    spread: f32,
+pub(crate) struct Values {
+    pub(crate) mean: f32,
+    /// The standard deviation; for uniform values half the width.
+    pub(crate) spread: f32,
     uniform: bool,
 }
 
 impl Values {
-    fn of(spec: &TensorSpec) -> Self {
+    /// The seed of one tensor.
+    pub(crate) fn seed(seed: u64, name: &str) -> u64 {
+        seed ^ name_hash(name)
+    }
+
+    pub(crate) fn of(spec: &TensorSpec) -> Self {
         let normal = |mean, spread| Self { mean, spread, uniform: false };
         let matrix = |gain: f32, columns: usize| gain / (columns.max(1) as f32).sqrt();
         let columns = spec.shape.last().copied().unwrap_or(1);
@@ -69,7 +75,7 @@ pub(super) fn fill(spec: &TensorSpec, seed: u64, mut write: impl FnMut(&[u8]) ->
     for start in (0..elements).step_by(CHUNK * CHUNKS) {
         let bytes = &mut buffer[..(elements - start).min(CHUNK * CHUNKS) * size];
         bytes.par_chunks_mut(CHUNK * size).enumerate().for_each(|(chunk, bytes)| {
-            let mut random = ChaCha8Rng::seed_from_u64(seed ^ name_hash(&spec.name));
+            let mut random = ChaCha8Rng::seed_from_u64(Values::seed(seed, &spec.name));
             random.set_stream((start / CHUNK + chunk) as u64);
             fill_chunk(bytes, spec.dtype, values, &mut random);
         });

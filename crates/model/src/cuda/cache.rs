@@ -1,0 +1,268 @@
+//! Keys and values on the GPU, and the batch of the pass under way.
+
+use anabranch::cuda::{AttentionBatch, RopeTable, View};
+use half::bf16;
+
+use super::{
+    attention,
+    memory::{Buffer, Gpu, Purpose, explain},
+    workspace::Workspace,
+};
+use crate::{Batch, Config, Error, Result, Segment};
+
+/// Keys and values of all layers and sequences: a slot's rows one after another, the slots one after another. With them the buffers
+/// of a pass, so that decoding runs from the same memory step by step.
+#[derive(Debug)]
+pub struct CudaCache {
+    pub(super) layers: Vec<LayerCache>,
+    slots: Vec<Slot>,
+    pub(super) rope: RopeTable,
+    pub(super) batch: DeviceBatch,
+    pub(super) work: Workspace,
+}
+
+/// One layer's rows.
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    /// `[rows, key heads * key_dim]`.
+    pub(super) keys: Buffer<bf16>,
+    /// `[rows, key heads * value_dim]`; of no width where values are part of the keys' rows.
+    pub(super) values: Buffer<bf16>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    first_row: usize,
+    capacity: usize,
+    held: usize,
+}
+
+/// A batch's numbers on the GPU.
+#[derive(Debug)]
+pub(super) struct DeviceBatch {
+    pub(super) tokens: usize,
+    segments: usize,
+    max_q_len: usize,
+    max_kv_len: usize,
+    /// Rows of every layer's cache.
+    pub(super) cache_rows: usize,
+    /// Ids `[T]`, offsets `[B + 1]`, lengths `[B]` and first rows `[B]` of the segments.
+    words: Buffer<u32>,
+    /// Positions and cache rows, `[T]` each.
+    numbers: Buffer<i32>,
+    /// Where latent attention finds heads.
+    pub(super) heads: Option<HeadOrder>,
+}
+
+/// The order of rows for products by head, whose rows must lie head by head.
+#[derive(Debug)]
+pub(super) struct HeadOrder {
+    num_heads: usize,
+    tokens: usize,
+    /// `[H + 1]`: a head's first row.
+    offsets: Buffer<u32>,
+    /// `[H T]` rows of tokens in the order of heads, and back.
+    rows: Buffer<u32>,
+}
+
+/// The longest context is rounded up to a multiple of this: steps in between have the same launches.
+const CONTEXT_STEP: usize = 256;
+
+impl CudaCache {
+    pub(super) fn new(gpu: &Gpu, config: &Config, capacities: &[usize]) -> Result<Self> {
+        let mut rows = 0_usize;
+        let mut slots = Vec::with_capacity(capacities.len());
+        for &capacity in capacities {
+            slots.push(Slot { first_row: rows, capacity, held: 0 });
+            rows = rows.saturating_add(capacity);
+        }
+        let layers = Self::layers(gpu, config, rows)?;
+        let rope = RopeTable::new(&gpu.stream, &config.rope)?;
+        let batch = DeviceBatch::new(gpu, attention::latent_heads(config), rows)?;
+        Ok(Self { layers, slots, rope, batch, work: Workspace::new(gpu, config)? })
+    }
+
+    fn layers(gpu: &Gpu, config: &Config, rows: usize) -> Result<Vec<LayerCache>> {
+        let [key_width, value_width] = attention::cache_widths(config);
+        let count = config.layers.len();
+        let row_bytes = (2 * (key_width + value_width) * count) as u64;
+        let needed = row_bytes.saturating_mul(rows as u64);
+        let free = gpu.free()?;
+        let what = || format!("a cache of {rows} tokens");
+        let advice = |free: u64| format!("about {} tokens would fit", free / row_bytes);
+        if needed > free {
+            return Err(Error::GpuMemory { what: what(), needed, free, advice: advice(free) });
+        }
+        let layer = |_| {
+            Ok(LayerCache {
+                keys: gpu.zeros(Purpose::Cache, [rows, key_width])?,
+                values: gpu.zeros(Purpose::Cache, [rows, value_width])?,
+            })
+        };
+        let layers: Result<_> = (0..count).map(layer).collect();
+        layers.map_err(|error| explain(error, what, advice))
+    }
+
+    /// Checks that a batch continues its slots, and brings its numbers to the GPU.
+    pub(super) fn begin(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<()> {
+        let mut numbers = Numbers::default();
+        for segment in batch.segments {
+            let slot = self.slot(segment)?;
+            numbers.push(segment, slot.first_row);
+        }
+        check_apart(batch.segments)?;
+        self.work.reserve(gpu, batch.ids.len())?;
+        self.batch.set(gpu, batch, &numbers)?;
+        for &Segment { sequence, position, len } in batch.segments {
+            self.slots[sequence].held = position + len;
+        }
+        Ok(())
+    }
+
+    /// The slot that a segment continues.
+    fn slot(&self, segment: &Segment) -> Result<&Slot> {
+        let Segment { sequence, position, len } = *segment;
+        let slot = self.slots.get(sequence).ok_or_else(|| {
+            Error::Input(format!("sequence {sequence} has no slot in a cache of {}", self.slots.len()))
+        })?;
+        if position <= slot.held && position + len <= slot.capacity {
+            return Ok(slot);
+        }
+        Err(Error::Input(format!(
+            "tokens {position} to {} of sequence {sequence} do not continue the {} that its slot of {} holds",
+            position + len,
+            slot.held,
+            slot.capacity
+        )))
+    }
+}
+
+/// Tokens of one pass are computed side by side, so that each slot may take part once.
+fn check_apart(segments: &[Segment]) -> Result<()> {
+    let mut sequences: Vec<usize> = segments.iter().map(|segment| segment.sequence).collect();
+    sequences.sort_unstable();
+    match sequences.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(Error::Input(format!("sequence {} has two segments in one pass on a GPU", pair[0]))),
+        None => Ok(()),
+    }
+}
+
+/// A batch's numbers on their way.
+#[derive(Debug, Default)]
+struct Numbers {
+    offsets: Vec<u32>,
+    lengths: Vec<u32>,
+    first_rows: Vec<u32>,
+    positions: Vec<i32>,
+    rows: Vec<i32>,
+    max_q_len: usize,
+}
+
+impl Numbers {
+    fn push(&mut self, segment: &Segment, first_row: usize) {
+        let Segment { position, len, .. } = *segment;
+        self.offsets.push(self.positions.len() as u32);
+        self.lengths.push((position + len) as u32);
+        self.first_rows.push(first_row as u32);
+        self.positions.extend((position..position + len).map(|position| position as i32));
+        self.rows.extend((position..position + len).map(|position| (first_row + position) as i32));
+        self.max_q_len = self.max_q_len.max(len);
+    }
+}
+
+impl DeviceBatch {
+    fn new(gpu: &Gpu, latent_heads: Option<usize>, cache_rows: usize) -> Result<Self> {
+        let heads = latent_heads.map(|num_heads| HeadOrder::new(gpu, num_heads)).transpose()?;
+        Ok(Self {
+            tokens: 0,
+            segments: 0,
+            max_q_len: 0,
+            max_kv_len: 0,
+            cache_rows,
+            words: gpu.zeros(Purpose::Workspace, [0])?,
+            numbers: gpu.zeros(Purpose::Workspace, [0])?,
+            heads,
+        })
+    }
+
+    fn set(&mut self, gpu: &Gpu, batch: &Batch<'_>, numbers: &Numbers) -> Result<()> {
+        let (tokens, segments) = (batch.ids.len(), batch.segments.len());
+        let end = [tokens as u32];
+        let words = [batch.ids, &numbers.offsets, &end, &numbers.lengths, &numbers.first_rows].concat();
+        let pairs = [numbers.positions.as_slice(), &numbers.rows].concat();
+        gpu.reserve(&mut self.words, words.len())?;
+        gpu.reserve(&mut self.numbers, pairs.len())?;
+        gpu.stream.upload_into(&words, &mut self.words.part_mut(0, [words.len()])?)?;
+        gpu.stream.upload_into(&pairs, &mut self.numbers.part_mut(0, [pairs.len()])?)?;
+        if let Some(heads) = &mut self.heads {
+            heads.set(gpu, tokens)?;
+        }
+        let longest = numbers.lengths.iter().max().map_or(0, |length| *length as usize);
+        (self.tokens, self.segments) = (tokens, segments);
+        (self.max_q_len, self.max_kv_len) = (numbers.max_q_len, longest.next_multiple_of(CONTEXT_STEP));
+        Ok(())
+    }
+
+    pub(super) fn ids(&self) -> Result<View<'_, u32>> {
+        Ok(self.words.part(0, [self.tokens])?)
+    }
+
+    pub(super) fn positions(&self) -> Result<View<'_, i32>> {
+        Ok(self.numbers.part(0, [self.tokens])?)
+    }
+
+    /// Where each token's keys go.
+    pub(super) fn rows(&self) -> Result<View<'_, i32>> {
+        Ok(self.numbers.part(self.tokens, [self.tokens])?)
+    }
+
+    pub(super) fn attention(&self) -> Result<AttentionBatch<'_>> {
+        let (tokens, segments) = (self.tokens, self.segments);
+        Ok(AttentionBatch {
+            q_offsets: self.words.part(tokens, [segments + 1])?,
+            kv_lengths: self.words.part(tokens + segments + 1, [segments])?,
+            kv_rows: self.words.part(tokens + 2 * segments + 1, [segments])?,
+            max_q_len: self.max_q_len,
+            max_kv_len: self.max_kv_len,
+        })
+    }
+}
+
+impl HeadOrder {
+    fn new(gpu: &Gpu, num_heads: usize) -> Result<Self> {
+        let offsets = gpu.zeros(Purpose::Workspace, [num_heads + 1])?;
+        Ok(Self { num_heads, tokens: 0, offsets, rows: gpu.zeros(Purpose::Workspace, [0])? })
+    }
+
+    /// Steps with as many tokens as the last one find everything in place.
+    fn set(&mut self, gpu: &Gpu, tokens: usize) -> Result<()> {
+        if self.tokens == tokens {
+            return Ok(());
+        }
+        let heads = self.num_heads;
+        let offsets: Vec<u32> = (0..=heads).map(|head| (head * tokens) as u32).collect();
+        let by_head = (0..heads).flat_map(|head| (0..tokens).map(move |token| (token * heads + head) as u32));
+        let by_token = (0..tokens).flat_map(|token| (0..heads).map(move |head| (head * tokens + token) as u32));
+        let rows: Vec<u32> = by_head.chain(by_token).collect();
+        gpu.reserve(&mut self.rows, rows.len())?;
+        gpu.stream.upload_into(&offsets, &mut self.offsets.view_mut())?;
+        gpu.stream.upload_into(&rows, &mut self.rows.part_mut(0, [rows.len()])?)?;
+        self.tokens = tokens;
+        Ok(())
+    }
+
+    pub(super) fn offsets(&self) -> View<'_, u32> {
+        self.offsets.view()
+    }
+
+    /// For each row in the order of heads, the row `token * H + head` that it comes from.
+    pub(super) fn by_head(&self) -> Result<View<'_, u32>> {
+        Ok(self.rows.part(0, [self.num_heads * self.tokens])?)
+    }
+
+    /// For each row `token * H + head`, the one in the order of heads.
+    pub(super) fn by_token(&self) -> Result<View<'_, u32>> {
+        let rows = self.num_heads * self.tokens;
+        Ok(self.rows.part(rows, [rows])?)
+    }
+}

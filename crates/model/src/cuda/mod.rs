@@ -1,0 +1,239 @@
+//! The GPU backend: anabranch's CUDA operations, weights and activations in bf16.
+//!
+//! A step launches and returns: it allocates nothing once its buffers are there ([`CudaCache`] keeps them), and waits for nothing, so that
+//! a decode step could be captured in a CUDA graph as it is. What waits is what the host asks for: logits, hidden states, expert ids.
+
+mod attention;
+mod cache;
+mod layers;
+mod load;
+mod memory;
+mod moe;
+mod workspace;
+
+pub use attention::CudaAttention;
+pub use cache::CudaCache;
+pub use layers::Norm as CudaNorm;
+pub use memory::GpuUsage;
+pub use moe::CudaFeedForward;
+
+use anabranch::cuda::{Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, embedding, embedding_into, linear};
+use half::bf16;
+
+use self::{
+    layers::Dense,
+    load::{Axis, pad},
+    memory::{Gpu, explain},
+};
+use crate::{
+    Backend, Batch, Config, Error, Result,
+    backend::{Routed, check_row},
+    weights::{AttentionWeights, FeedForwardWeights, StoredLinear},
+};
+
+/// A GPU that models run on. Weights are held in bf16 whatever the checkpoint stores, the residual stream is bf16, sums are float32.
+#[derive(Debug)]
+pub struct Cuda {
+    gpu: Gpu,
+}
+
+/// Hidden states after the final norm, on the GPU.
+#[derive(Debug)]
+pub struct CudaHidden {
+    /// `[tokens, d]`, d padded.
+    values: Tensor<bf16>,
+}
+
+/// The embedding table or the LM head, `[vocab, d]`, both padded.
+#[derive(Debug)]
+pub struct CudaTable(Dense);
+
+impl Cuda {
+    /// Opens GPU number `ordinal`, counted from 0, with a stream of its own.
+    ///
+    /// # Errors
+    /// [`anabranch::Error::NoGpu`] if there is none of that number, or its driver or architecture is too old.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        Ok(Self::on(Device::open(ordinal)?.new_stream()?))
+    }
+
+    /// Runs on a stream that the caller has.
+    pub fn on(stream: Stream) -> Self {
+        Self { gpu: Gpu::new(stream) }
+    }
+
+    /// The stream that everything runs on.
+    pub fn stream(&self) -> &Stream {
+        &self.gpu.stream
+    }
+
+    /// What models on this backend took of the GPU's memory.
+    pub fn usage(&self) -> GpuUsage {
+        self.gpu.usage()
+    }
+}
+
+impl Backend for Cuda {
+    type Hidden = CudaHidden;
+    type Table = CudaTable;
+    type Norm = CudaNorm;
+    type Attention = CudaAttention;
+    type FeedForward = CudaFeedForward;
+    type Cache = CudaCache;
+
+    fn prepare(&self, config: &Config) -> Result<()> {
+        attention::check(config)?;
+        moe::check(config)?;
+        let parameters = config.parameters_unbounded();
+        let needed = u64::try_from(2 * parameters).unwrap_or(u64::MAX);
+        let free = self.gpu.free()?;
+        if needed > free {
+            let what = format!("a model of {:.1} billion parameters", parameters as f64 / 1e9);
+            let advice = format!("{:.1} billion would fit in bf16", free as f64 / 2e9);
+            return Err(Error::GpuMemory { what, needed, free, advice });
+        }
+        Ok(())
+    }
+
+    fn load_table(&self, weights: &StoredLinear) -> Result<CudaTable> {
+        let [vocab, d] = weights.shape()?;
+        Ok(CudaTable(Dense::load(&self.gpu, weights, Axis::whole(vocab), Axis::whole(d))?))
+    }
+
+    fn load_norm(&self, config: &Config, weight: Vec<f32>) -> Result<CudaNorm> {
+        CudaNorm::load(&self.gpu, &weight, Axis::whole(weight.len()), config.rms_norm_eps)
+    }
+
+    fn load_attention(&self, config: &Config, weights: AttentionWeights) -> Result<CudaAttention> {
+        CudaAttention::load(&self.gpu, config, &weights)
+    }
+
+    fn load_feed_forward(&self, config: &Config, weights: FeedForwardWeights) -> Result<CudaFeedForward> {
+        CudaFeedForward::load(&self.gpu, config, &weights)
+    }
+
+    fn cache(&self, config: &Config, capacities: &[usize]) -> Result<CudaCache> {
+        CudaCache::new(&self.gpu, config, capacities)
+    }
+
+    fn embed(&self, config: &Config, table: &CudaTable, batch: &Batch<'_>, cache: &mut CudaCache) -> Result<()> {
+        cache.begin(&self.gpu, batch)?;
+        let CudaCache { batch, work, .. } = cache;
+        let x = &mut work.begin().part_mut(0, [batch.tokens, pad(config.hidden_size)])?;
+        Ok(embedding_into(&self.gpu.stream, &table.0.weight(), &batch.ids()?, x)?)
+    }
+
+    fn attention(
+        &self,
+        _: &Config,
+        norm: &CudaNorm,
+        weights: &CudaAttention,
+        layer: usize,
+        cache: &mut CudaCache,
+    ) -> Result<()> {
+        if cache.batch.tokens == 0 {
+            return Ok(());
+        }
+        cache.work.norm(&self.gpu, norm, cache.batch.tokens)?;
+        weights.run(&self.gpu, layer, cache)?;
+        cache.work.added();
+        Ok(())
+    }
+
+    fn feed_forward(
+        &self,
+        _: &Config,
+        norm: &CudaNorm,
+        weights: &CudaFeedForward,
+        routing: &mut Routed<'_>,
+        cache: &mut CudaCache,
+    ) -> Result<()> {
+        if cache.batch.tokens == 0 {
+            return Ok(());
+        }
+        cache.work.norm(&self.gpu, norm, cache.batch.tokens)?;
+        weights.run(&self.gpu, routing, cache)?;
+        cache.work.added();
+        Ok(())
+    }
+
+    fn residual(&self, config: &Config, cache: &mut CudaCache) -> Result<Vec<f32>> {
+        let x = cache.work.residual(&self.gpu, cache.batch.tokens)?;
+        self.download(&x, config.hidden_size)
+    }
+
+    fn hidden(&self, config: &Config, norm: &CudaNorm, cache: &mut CudaCache) -> Result<CudaHidden> {
+        let CudaCache { batch, work, .. } = cache;
+        let shape = [batch.tokens, pad(config.hidden_size)];
+        let what = || format!("hidden states of {} tokens", shape[0]);
+        let fit = |free: u64| format!("{} tokens at a time would fit", free / (2 * shape[1] as u64));
+        let mut values = self.gpu.stream.zeros(shape).map_err(|error| explain(error.into(), what, fit))?;
+        norm.run(&self.gpu.stream, &work.residual(&self.gpu, batch.tokens)?, &mut values.view_mut())?;
+        Ok(CudaHidden { values })
+    }
+
+    fn read(&self, config: &Config, hidden: &CudaHidden) -> Result<Vec<f32>> {
+        self.download(&hidden.values.view(), config.hidden_size)
+    }
+
+    fn logits(&self, config: &Config, head: &CudaTable, hidden: &CudaHidden, rows: &[usize]) -> Result<Vec<f32>> {
+        let stream = &self.gpu.stream;
+        let rows = row_numbers(rows, hidden.values.shape().sizes()[0])?;
+        let rows = stream.upload([rows.len()], &rows)?;
+        let x = embedding(stream, &hidden.values.view(), &rows.view())?;
+        let weight = head.0.weight();
+        let input = LinearInput { x: x.view(), weight, bias: None, epilogue: Epilogue::Linear, tile: Tile::Auto };
+        let logits = linear(stream, &input)?;
+        self.download_f32(&logits.view(), config.vocab_size)
+    }
+
+    fn last_logits(
+        &self,
+        config: &Config,
+        norm: &CudaNorm,
+        head: &CudaTable,
+        rows: &[usize],
+        cache: &mut CudaCache,
+    ) -> Result<Vec<f32>> {
+        let CudaCache { batch, work, .. } = cache;
+        let (gpu, stream) = (&self.gpu, &self.gpu.stream);
+        let (width, vocab, count) = (pad(config.hidden_size), head.0.out(), rows.len());
+        work.norm(gpu, norm, batch.tokens)?;
+        let rows = row_numbers(rows, batch.tokens)?;
+        gpu.reserve(&mut work.rows, count)?;
+        gpu.reserve(&mut work.picked, count * width)?;
+        gpu.reserve(&mut work.logits, count * vocab)?;
+        stream.upload_into(&rows, &mut work.rows.part_mut(0, [count])?)?;
+        let x = work.normed.part(0, [batch.tokens, width])?;
+        let picked = &mut work.picked.part_mut(0, [count, width])?;
+        embedding_into(stream, &x, &work.rows.part(0, [count])?, picked)?;
+        let picked = work.picked.part(0, [count, width])?;
+        head.0.run(stream, picked, &mut work.logits.part_mut(0, [count, vocab])?)?;
+        self.download_f32(&work.logits.part(0, [count, vocab])?, config.vocab_size)
+    }
+}
+
+impl Cuda {
+    /// The first `width` columns as float32.
+    fn download(&self, x: &View<'_, bf16>, width: usize) -> Result<Vec<f32>> {
+        let values: Vec<f32> = self.gpu.stream.download(x)?.into_iter().map(bf16::to_f32).collect();
+        Ok(narrow(values, x.shape().sizes()[1], width))
+    }
+
+    fn download_f32(&self, x: &View<'_, f32>, width: usize) -> Result<Vec<f32>> {
+        Ok(narrow(self.gpu.stream.download(x)?, x.shape().sizes()[1], width))
+    }
+}
+
+/// Rows without the padding at their end.
+fn narrow(values: Vec<f32>, pitch: usize, width: usize) -> Vec<f32> {
+    if pitch == width {
+        return values;
+    }
+    values.chunks_exact(pitch).flat_map(|row| &row[..width]).copied().collect()
+}
+
+/// Rows as the GPU reads them, each one of `count`.
+fn row_numbers(rows: &[usize], count: usize) -> Result<Vec<u32>> {
+    rows.iter().map(|row| check_row(*row, count).map(|()| *row as u32)).collect()
+}

@@ -1,0 +1,193 @@
+//! The buffers of a pass: asked for by size when a batch is larger than any before, and the same from then on.
+
+use anabranch::cuda::{MoeLayer, View};
+use half::bf16;
+
+use super::{
+    attention,
+    layers::Norm,
+    load::pad,
+    memory::{Buffer, Gpu, Purpose, explain},
+    moe::{self, Experts},
+};
+use crate::{Config, Result};
+
+/// Activations of a pass. A row a token; those past the batch's tokens are an earlier batch's.
+#[derive(Debug)]
+pub(super) struct Workspace {
+    /// Tokens that everything has room for.
+    capacity: usize,
+    widths: Widths,
+    experts: Option<Experts>,
+    /// The residual stream x, without `delta` while that is pending.
+    residual: Buffer<bf16>,
+    /// What a step adds to the residual stream.
+    pub(super) delta: Buffer<bf16>,
+    /// Whether `delta` is still to be added, which the next norm does on its way.
+    pending: bool,
+    /// What a step reads.
+    pub(super) normed: Buffer<bf16>,
+    /// Three for the use within a step; b and c are of one size where latent attention swaps them.
+    pub(super) a: Buffer<bf16>,
+    pub(super) b: Buffer<bf16>,
+    pub(super) c: Buffer<bf16>,
+    /// The router's logits, `[T, E]`, and those of the shared experts' gate, `[T]`.
+    pub(super) scores: Buffer<f32>,
+    pub(super) gates: Buffer<f32>,
+    /// `[T]` of 0, 1, 2, ... and of ones: each token's row, with weight one.
+    pub(super) order: Buffer<i32>,
+    pub(super) ones: Buffer<f32>,
+    /// What operations ask for.
+    pub(super) bytes: Buffer<u8>,
+    /// The routed experts' plan for as many tokens as there is room for.
+    pub(super) moe: Option<MoeLayer>,
+    /// Rows of `normed` that logits are wanted of, these rows, and their logits.
+    pub(super) rows: Buffer<u32>,
+    pub(super) picked: Buffer<bf16>,
+    pub(super) logits: Buffer<f32>,
+}
+
+/// Elements a token.
+#[derive(Debug, Clone, Copy)]
+struct Widths {
+    hidden: usize,
+    scratch: [usize; 3],
+    num_experts: usize,
+}
+
+impl Widths {
+    fn of(config: &Config) -> Result<Self> {
+        let hidden = pad(config.hidden_size);
+        let [mut a, mut b, mut c] = attention::widths(config)?;
+        a = a.max(pad(config.intermediate_size));
+        let mut num_experts = 0;
+        if let Some(moe) = &config.moe {
+            num_experts = moe.routing.num_experts();
+            // Shared experts by themselves: h, their output, and the routed experts' beside it.
+            if let Some(shared) = moe.shared {
+                a = a.max(pad(shared.intermediate_size));
+                b = b.max(hidden);
+                c = c.max(hidden);
+            }
+        }
+        Ok(Self { hidden, scratch: [a, b, c], num_experts })
+    }
+
+    /// Bytes a token, but for what operations ask for.
+    fn bytes(&self) -> usize {
+        2 * (3 * self.hidden + self.scratch.iter().sum::<usize>()) + 4 * (self.num_experts + 3)
+    }
+}
+
+impl Workspace {
+    /// Nothing yet.
+    pub(super) fn new(gpu: &Gpu, config: &Config) -> Result<Self> {
+        fn none<T: anabranch::cuda::Element>(gpu: &Gpu) -> Result<Buffer<T>> {
+            gpu.zeros(Purpose::Workspace, [0])
+        }
+        Ok(Self {
+            capacity: 0,
+            widths: Widths::of(config)?,
+            experts: moe::experts(config),
+            residual: none(gpu)?,
+            delta: none(gpu)?,
+            pending: false,
+            normed: none(gpu)?,
+            a: none(gpu)?,
+            b: none(gpu)?,
+            c: none(gpu)?,
+            scores: none(gpu)?,
+            gates: none(gpu)?,
+            order: none(gpu)?,
+            ones: none(gpu)?,
+            bytes: none(gpu)?,
+            moe: None,
+            rows: none(gpu)?,
+            picked: none(gpu)?,
+            logits: none(gpu)?,
+        })
+    }
+
+    /// Makes room for a batch. What the buffers held is lost if they grow.
+    pub(super) fn reserve(&mut self, gpu: &Gpu, tokens: usize) -> Result<()> {
+        if tokens <= self.capacity {
+            return Ok(());
+        }
+        // A growth that fails half way leaves buffers of different sizes, which the next one makes equal again.
+        self.capacity = 0;
+        let each = self.widths.bytes() as u64;
+        self.grow(gpu, tokens).map_err(|error| {
+            explain(
+                error,
+                || format!("a buffer of a pass over {tokens} tokens"),
+                |free| format!("about {} tokens at a time would fit", free / each),
+            )
+        })?;
+        self.capacity = tokens;
+        Ok(())
+    }
+
+    fn grow(&mut self, gpu: &Gpu, tokens: usize) -> Result<()> {
+        let Widths { hidden, scratch: [a, b, c], num_experts } = self.widths;
+        let wide = [
+            (&mut self.residual, hidden),
+            (&mut self.delta, hidden),
+            (&mut self.normed, hidden),
+            (&mut self.a, a),
+            (&mut self.b, b),
+            (&mut self.c, c),
+        ];
+        for (buffer, width) in wide {
+            gpu.reserve(buffer, tokens * width)?;
+        }
+        gpu.reserve(&mut self.scores, tokens * num_experts)?;
+        let Some(experts) = self.experts else { return Ok(()) };
+        let plan = experts.plan(gpu, tokens)?;
+        gpu.reserve(&mut self.bytes, plan.workspace_bytes())?;
+        self.moe = Some(plan);
+        if experts.gated {
+            gpu.reserve(&mut self.gates, tokens)?;
+        }
+        if experts.apart {
+            self.order = gpu.upload(Purpose::Workspace, [tokens], &(0..tokens as i32).collect::<Vec<_>>())?;
+            self.ones = gpu.upload(Purpose::Workspace, [tokens], &vec![1.0; tokens])?;
+        }
+        Ok(())
+    }
+
+    /// The residual stream, for who writes all of it.
+    pub(super) fn begin(&mut self) -> &mut Buffer<bf16> {
+        self.pending = false;
+        &mut self.residual
+    }
+
+    /// `delta` is complete.
+    pub(super) fn added(&mut self) {
+        self.pending = true;
+    }
+
+    /// `norm(x)` to `normed`, where x is the residual stream with what was still to be added.
+    pub(super) fn norm(&mut self, gpu: &Gpu, norm: &Norm, tokens: usize) -> Result<()> {
+        let shape = [tokens, self.widths.hidden];
+        let out = &mut self.normed.part_mut(0, shape)?;
+        if self.pending {
+            let (x, delta) = (&mut self.residual.part_mut(0, shape)?, &self.delta.part(0, shape)?);
+            norm.add_and_run(&gpu.stream, x, delta, out)?;
+        } else {
+            norm.run(&gpu.stream, &self.residual.part(0, shape)?, out)?;
+        }
+        self.pending = false;
+        Ok(())
+    }
+
+    /// The residual stream, with what was still to be added.
+    pub(super) fn residual(&mut self, gpu: &Gpu, tokens: usize) -> Result<View<'_, bf16>> {
+        let shape = [tokens, self.widths.hidden];
+        if self.pending {
+            let delta = &self.delta.part(0, shape)?;
+            anabranch::cuda::add_into(&gpu.stream, &mut self.residual.part_mut(0, shape)?, delta)?;
+            self.pending = false;
+        }
+        Ok(self.residual.part(0, shape)?)
+    }
+}

@@ -1,0 +1,146 @@
+//! Logits and tokens. Weights and activations are bf16, the expected values float32: what is allowed is some rounding.
+
+use anabranch_model::{Batch, Cpu, GivenRouting, Model, Segment, TopkIds};
+
+use crate::support::{Expected, assert_close, golden, halves, load, logits, on_gpu};
+
+/// Of the logits of a whole prompt, relative to float32.
+const LOGITS: f64 = 4e-2;
+
+/// The bound for one model: no more than twice what Transformers' own bf16 is off, where that is known and less.
+fn bound(name: &str) -> f64 {
+    if name == "mixtral" { 2.2e-2 } else { LOGITS }
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn logits_with_the_golden_routing() {
+    on_gpu(|gpu| {
+        for name in &golden() {
+            let (model, expected) = (load(name, gpu()), Expected::open(name));
+            let ids = expected.tokens("input_ids");
+            let routing = expected.routing(model.config());
+            let got = logits(&model, &ids, &halves(&ids), None, &routing);
+            assert_close(name, &got, &expected.floats("logits"), bound(name));
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn the_same_call_gives_the_same_bits() {
+    on_gpu(|gpu| {
+        for name in &golden() {
+            let (model, expected) = (load(name, gpu()), Expected::open(name));
+            let ids = expected.tokens("input_ids");
+            let run = || logits(&model, &ids, &halves(&ids), None, &GivenRouting::new());
+            let (first, second) = (run(), run());
+            assert!(first.iter().zip(&second).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}");
+        }
+    });
+}
+
+/// The golden tokens go in; what comes out must be the likeliest in float32 wherever that is a clear choice.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn greedy_tokens_under_teacher_forcing() {
+    on_gpu(|gpu| {
+        let (mut clear, mut all) = (0, 0);
+        for name in &golden() {
+            let (model, reference, expected) = (load(name, gpu()), load(name, Cpu), Expected::open(name));
+            let ids = expected.tokens("greedy");
+            let segments = [Segment { sequence: 0, position: 0, len: ids.len() }];
+            let none = GivenRouting::new();
+            let vocab = model.config().vocab_size;
+            let got = logits(&model, &ids, &segments, None, &none);
+            let float = logits(&reference, &ids, &segments, None, &none);
+            for (at, (got, float)) in got.chunks_exact(vocab).zip(float.chunks_exact(vocab)).enumerate() {
+                let ([best, second], [chosen, _]) = (best_two(float), best_two(got));
+                all += 1;
+                if float[best] - float[second] > 0.1 {
+                    clear += 1;
+                    assert_eq!(chosen, best, "{name}: token {at}");
+                }
+            }
+        }
+        println!("{clear} of {all} tokens are a clear choice in float32, and all of them were taken");
+    });
+}
+
+fn best_two(logits: &[f32]) -> [usize; 2] {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+    [order[0], order[1]]
+}
+
+/// Both prompts token by token, side by side, and in pieces of other lengths, against one pass.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn decoding_agrees_with_one_pass() {
+    on_gpu(|gpu| {
+        for name in &golden() {
+            let (model, expected) = (load(name, gpu()), Expected::open(name));
+            let ids = expected.tokens("input_ids");
+            let routing = expected.routing(model.config());
+            let one_pass = logits(&model, &ids, &halves(&ids), None, &routing);
+            let len = ids.len() / 2;
+            assert_eq!(len, 24, "the pieces below are of 24 tokens");
+            for pieces in [vec![1; 24], vec![5, 1, 11, 7]] {
+                let got = in_pieces(&model, &ids, &routing, &pieces);
+                assert_close(&format!("{name} in {} pieces", pieces.len()), &got, &one_pass, LOGITS);
+                assert_close(&format!("{name}, float32"), &got, &expected.floats("logits"), bound(name));
+            }
+        }
+    });
+}
+
+/// Logits of two sequences whose tokens come some at a time.
+fn in_pieces<B: anabranch_model::Backend>(
+    model: &Model<B>,
+    ids: &[u32],
+    routing: &GivenRouting,
+    pieces: &[usize],
+) -> Vec<f32> {
+    let half = ids.len() / 2;
+    let mut cache = model.cache(&[half, half]).unwrap();
+    let mut got = [Vec::new(), Vec::new()];
+    let mut position = 0;
+    for &len in pieces {
+        let segments = [0, 1].map(|sequence| Segment { sequence, position, len });
+        let rows = |sequence: usize| sequence * half + position..sequence * half + position + len;
+        let batch = [&ids[rows(0)], &ids[rows(1)]].concat();
+        let given = |all: &TopkIds| {
+            let slots = |sequence| rows(sequence).start * all.topk..rows(sequence).end * all.topk;
+            TopkIds { ids: [&all.ids[slots(0)], &all.ids[slots(1)]].concat(), topk: all.topk }
+        };
+        let given: GivenRouting = routing.iter().map(|(layer, all)| (*layer, given(all))).collect();
+        let batch = Batch { ids: &batch, segments: &segments };
+        let hidden = model.forward_with(&batch, &mut cache, None, &given).unwrap();
+        for (sequence, got) in got.iter_mut().enumerate() {
+            let rows: Vec<usize> = (sequence * len..(sequence + 1) * len).collect();
+            got.extend(model.logits(&hidden, &rows).unwrap());
+        }
+        position += len;
+    }
+    got.concat()
+}
+
+/// The last logits of a session, which has buffers of its own for them, are the model's.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn a_session_gives_the_models_logits() {
+    use anabranch_model::{Forward, Session};
+    on_gpu(|gpu| {
+        for name in &golden() {
+            let (model, expected) = (load(name, gpu()), Expected::open(name));
+            let ids = expected.tokens("input_ids");
+            let segments = halves(&ids);
+            let vocab = model.config().vocab_size;
+            let all = logits(&model, &ids, &segments, None, &GivenRouting::new());
+            let last = [ids.len() / 2 - 1, ids.len() - 1].map(|row| &all[row * vocab..(row + 1) * vocab]).concat();
+            let mut session = Session::new(&model).unwrap();
+            session.reset(&[ids.len(), ids.len()]).unwrap();
+            assert_eq!(session.forward(&Batch { ids: &ids, segments: &segments }).unwrap(), last, "{name}");
+        }
+    });
+}
