@@ -10,7 +10,12 @@ use std::{
     process::Command,
 };
 
-use crate::locate::{HOW_TO_INSTALL, toolchain_libclang};
+use bindgen::callbacks::{ItemInfo, ParseCallbacks};
+
+use crate::{
+    locate::{HOW_TO_INSTALL, toolchain_libclang},
+    names,
+};
 
 /// Set to the header's path for the run that makes the bindings, whose text goes to [`OUTPUT`].
 pub(crate) const CHILD: &str = "ANABRANCH_BIND_HEADER";
@@ -55,12 +60,23 @@ pub(crate) fn child(header: &Path) -> Result<(), String> {
         .prepend_enum_name(false)
         .merge_extern_blocks(true)
         .generate_comments(true)
+        .parse_callbacks(Box::new(LinkNames))
         .layout_tests(false)
         .formatter(bindgen::Formatter::None)
         .generate()
         .map_err(|error| error.to_string())?
         .write_to_file(&output)
         .map_err(|error| format!("cannot write {}: {error}", output.display()))
+}
+
+/// Binds each function to its name in the object files.
+#[derive(Debug)]
+struct LinkNames;
+
+impl ParseCallbacks for LinkNames {
+    fn generated_link_name_override(&self, item: ItemInfo<'_>) -> Option<String> {
+        names::linked(item.name)
+    }
 }
 
 fn header() -> PathBuf {

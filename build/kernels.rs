@@ -14,7 +14,7 @@ use std::{
     thread,
 };
 
-use crate::{locate::Nvcc, targets::Targets};
+use crate::{locate::Nvcc, names, targets::Targets};
 
 /// Compiles `kernels/**/*.cu` into `libanabranch_kernels.a` in `out` and tells cargo to link it.
 ///
@@ -26,9 +26,10 @@ pub(crate) fn compile(nvcc: &Nvcc, targets: &Targets, cache: &Path, out: &Path) 
     let mut sources = Vec::new();
     collect(&root.join("kernels"), &mut sources)?;
     sources.sort();
+    let renamed = names::defines(&root.join("kernels/include/anabranch.h"))?;
     let units = sources
         .iter()
-        .map(|source| Unit::new(nvcc, targets, root, source, cache, out))
+        .map(|source| Unit::new(nvcc, targets, root, source, &renamed, cache, out))
         .collect::<Result<Vec<_>, String>>()?;
 
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
@@ -73,6 +74,7 @@ impl Unit {
         targets: &Targets,
         root: &Path,
         source: &Path,
+        renamed: &[String],
         cache: &Path,
         out: &Path,
     ) -> Result<Self, String> {
@@ -99,6 +101,7 @@ impl Unit {
             build.flag(flag);
         }
         build.flags(targets.gencode(&file_name));
+        build.flags(renamed);
         let compiler = build.try_get_compiler().map_err(|error| format!("{name}: {error}"))?;
         let mut command = compiler.to_command();
         command.arg("-c").arg(source);

@@ -8,6 +8,8 @@ mod kernels;
 #[cfg(feature = "cuda")]
 mod locate;
 #[cfg(feature = "cuda")]
+mod names;
+#[cfg(feature = "cuda")]
 mod targets;
 
 #[cfg(feature = "cuda")]

@@ -16,6 +16,12 @@ extern "C" const char* anabranch_status_text(AnabranchStatus status) {
       return "the workspace is too small";
     case ANABRANCH_STATUS_UNSUPPORTED:
       return "there is no kernel for this data type, shape or architecture";
+    case ANABRANCH_STATUS_PLACE:
+      return "memory, the stream or the plan belongs to another GPU, or to none";
+    case ANABRANCH_STATUS_NO_GPU:
+      return "there is no GPU that can be used";
+    case ANABRANCH_STATUS_INTERNAL:
+      return "a mistake in this library";
     default:
       break;
   }

@@ -7,6 +7,9 @@
 // context of the stream is current on the calling thread. Shapes are row-major; T, E, K are tokens, experts, experts
 // per token.
 //
+// The same header is that of the C library, libanabranch, which has everything declared here: the launchers, and from
+// `---- plan ----` on what makes a layer's life easier. docs/embedding.md says how to build, link and use it.
+//
 // Only <stdint.h> is included and neither bool nor size_t is used: bindings are made without a compiler's own headers.
 #ifndef ANABRANCH_H
 #define ANABRANCH_H
@@ -30,6 +33,12 @@ typedef enum AnabranchStatus {
   ANABRANCH_STATUS_WORKSPACE = 4,
   // No kernel for this data type, shape or architecture.
   ANABRANCH_STATUS_UNSUPPORTED = 5,
+  // Memory, a stream or a plan belongs to another GPU than the call runs on, or to none.
+  ANABRANCH_STATUS_PLACE = 6,
+  // There is no GPU that can be used: no driver, none of that number, or one that is too old.
+  ANABRANCH_STATUS_NO_GPU = 7,
+  // A mistake in this library.
+  ANABRANCH_STATUS_INTERNAL = 8,
   ANABRANCH_STATUS_CUDA = 1000,
 } AnabranchStatus;
 
@@ -592,6 +601,71 @@ AnabranchStatus anabranch_moe_plan(const AnabranchMoeShape* shape, uint64_t num_
 
 // Runs the layer.
 AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, AnabranchStream stream);
+
+// ---- plan: only in the C library ----
+//
+// A plan is a layer's shape, checked once, for one GPU. It does not change once made: any number of threads may use one
+// at the same time, each with a workspace and a stream of its own.
+
+// What this header describes. It changes when a program that was built with another header would no longer work.
+#define ANABRANCH_ABI_VERSION 1
+
+// ANABRANCH_ABI_VERSION of the library that was loaded.
+int32_t anabranch_abi_version(void);
+
+// Why this thread's last call that did not return ANABRANCH_STATUS_OK, of whichever function, did not: a sentence that
+// names the argument. Empty before the first; valid until the next such call of the thread.
+const char* anabranch_last_error(void);
+
+typedef struct AnabranchPlan AnabranchPlan;
+
+// Plans a layer for up to most_tokens tokens a call on the current device. All pointers are the host's. Where
+// `shape->arch` is ANABRANCH_ARCH_AUTO, the environment variable ANABRANCH_ARCH (auto, sm80, sm90) is heeded.
+AnabranchStatus anabranch_plan_create(const AnabranchMoeShape* shape, uint64_t most_tokens, AnabranchPlan** plan);
+
+// Null is allowed. No other thread may be using the plan; work that was launched may still run.
+void anabranch_plan_destroy(AnabranchPlan* plan);
+
+// Bytes of workspace of a call of up to num_tokens tokens, at most as many as were planned for.
+AnabranchStatus anabranch_plan_workspace(const AnabranchPlan* plan, uint64_t num_tokens, uint64_t* bytes);
+
+// What a call of num_tokens tokens does, in a few lines of text, zero-terminated. `text` has text_bytes bytes; the text
+// is cut where they do not suffice, and 1,024 always do.
+AnabranchStatus anabranch_plan_describe(const AnabranchPlan* plan, uint64_t num_tokens, char* text,
+                                        uint64_t text_bytes);
+
+// One call of a planned layer: the fields of AnabranchMoeLayerParams, without the shape.
+typedef struct AnabranchForwardParams {
+  // T, at most as many as were planned for.
+  uint64_t num_tokens;
+  // [T, d] bf16, aligned to 16.
+  const void* x;
+  // [T, E], or null, and topk_ids and topk_weights are given.
+  const float* logits;
+  // [E] or null.
+  const float* selection_bias;
+  // [T]: logits of the shared experts' gate, or null.
+  const float* shared_gate;
+  // [E + S, 2 n, d] bf16, aligned to 16.
+  const void* gate_up;
+  // [E + S, d, n] bf16, aligned to 16.
+  const void* down;
+  // [T, K]: written where logits are given (either may then be null), else read.
+  int32_t* topk_ids;
+  float* topk_weights;
+  // [T, d] bf16, aligned to 16.
+  void* out;
+  // Aligned to 256.
+  void* workspace;
+  uint64_t workspace_bytes;
+  // Not 0: asks the driver first whether every pointer is memory of the plan's GPU, some microseconds in all. Else such
+  // a mistake ends the context, later.
+  uint32_t check_memory;
+} AnabranchForwardParams;
+
+// Runs the layer. The plan's device is current on the calling thread.
+AnabranchStatus anabranch_plan_forward(const AnabranchPlan* plan, const AnabranchForwardParams* params,
+                                       AnabranchStream stream);
 
 #ifdef __cplusplus
 }

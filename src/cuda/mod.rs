@@ -25,7 +25,8 @@ mod router_logits;
 mod rows;
 mod sampling;
 mod stream;
-mod sys;
+#[doc(hidden)]
+pub mod sys;
 mod tensor;
 
 pub use attention::{AttentionBatch, AttentionInput, attention, attention_into, attention_workspace};

@@ -1,9 +1,12 @@
 //! The repository's own commands, without a dependency, so that a fresh machine runs the first one at once.
 
+mod candle;
+mod capi;
 mod demo;
 mod deny;
 mod golden;
 mod process;
+mod python;
 mod stage;
 mod test;
 mod toolchain;
@@ -26,6 +29,18 @@ struct Command {
 }
 
 const COMMANDS: &[Command] = &[
+    Command {
+        name: "candle",
+        arguments: "[DIR]",
+        summary: "build and test crates/candle, with the CUDA libraries that candle links; or add it to a stage",
+        run: candle::run,
+    },
+    Command {
+        name: "capi",
+        arguments: "[DIR]",
+        summary: "build the C library and lay it out for installation: header, libraries, pkg-config file",
+        run: capi::run,
+    },
     Command {
         name: "demo",
         arguments: "",

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask stage` gathered, on a machine with an NVIDIA GPU. docs/gpu-testing.md says more.
 #
-#   run.sh test | model | sanitize | bench | demo | all
+#   run.sh test | model | sanitize | bench | demo | capi | rust | python | experts | candle | candle_bench | all
 #
 # ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
 # ANABRANCH_CASES        cases of each property: 512 in test, 12 in sanitize
+# PYTHON                 the interpreter of python and experts, with PyTorch and Transformers (default: python3)
 # RESULTS                where logs and criterion's results go (default: ./results)
 set -uo pipefail
 
@@ -125,22 +126,100 @@ run_demo() {
   fi
 }
 
+# The C library: its contracts, then the example.
+run_capi() {
+  describe | tee "$results/capi.log"
+  local passed=0 failed=0 program
+  for program in contracts moe_layer; do
+    if "$here/capi/$program" 2>&1 | tee -a "$results/capi.log"; then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1))
+    fi
+  done
+  echo "$passed passed, $failed failed"
+  [ "$failed" -eq 0 ]
+}
+
+# An engine in Rust with its own stream and memory.
+run_rust() {
+  describe | tee "$results/rust.log"
+  "$(program embed_stream)" 2>&1 | tee -a "$results/rust.log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] && echo "1 passed, 0 failed" || echo "0 passed, 1 failed"
+  return "$status"
+}
+
+with_python() {
+  ANABRANCH_LIBRARY=$here/lib/libanabranch.so.1 ANABRANCH_HEADER=$here/include/anabranch.h \
+    PYTHONPATH=$here/python:$here/python/tests PYTHONDONTWRITEBYTECODE=1 "${PYTHON:-python3}" "$@"
+}
+
+# The Python package: its tests, those that need PyTorch or Transformers skipped where that is missing.
+run_python() {
+  describe | tee "$results/python.log"
+  local modules=("$@")
+  [ ${#modules[@]} -gt 0 ] || modules=(test_library test_torch test_transformers)
+  with_python -m unittest -v "${modules[@]}" 2>&1 | tee -a "$results/python.log"
+  local status=${PIPESTATUS[0]}
+  awk '/^Ran [0-9]+ test/ { ran = $2 } /^(OK|FAILED)/ { n = split($0, parts, /[(,)]/); for (i = 1; i <= n; i++) if (split(parts[i], pair, "=") == 2) count[pair[1]] += pair[2]; seen = 1 }
+       { gsub(/ /, "", $0) } END { f = count["failures"] + count["errors"] + count[" errors"]; s = count["skipped"] + count[" skipped"]
+       if (!seen) f = 1; printf "%d passed, %d failed, %d skipped\n", ran - f - s, f, s }' "$results/python.log"
+  return "$status"
+}
+
+# Transformers' experts: anabranch beside its own backends.
+run_experts() {
+  describe | tee "$results/experts.log"
+  with_python "$here/python/bench_experts.py" --json "$results/experts.json" "$@" 2>&1 | tee -a "$results/experts.log"
+  return "${PIPESTATUS[0]}"
+}
+
+# A program of crates/candle, which `cargo xtask candle` adds. Where CUDA's libraries are not installed, PyTorch's are taken.
+with_candle() {
+  if [ ! -d "$here/candle" ]; then
+    [ -f "$here/candle.tar.xz" ] || { echo "candle.tar.xz is not here: add it with \`cargo xtask candle FOLDER\`"; return 1; }
+    tar -C "$here" -xf "$here/candle.tar.xz" 2>/dev/null ||
+      "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$here/candle.tar.xz" "$here"
+  fi
+  local libraries
+  libraries=$("${PYTHON:-python3}" -c 'import glob, sys; print(":".join(sum((glob.glob(p + "/nvidia/*/lib") for p in sys.path if p), [])))')
+  LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:$libraries "$here/candle/$1" "${@:2}"
+}
+
+# The layer on candle's tensors: beside candle's own, then in candle's Qwen3-MoE.
+run_candle() {
+  describe | tee "$results/candle.log"
+  with_candle tests --include-ignored --test-threads 1 "$@" 2>&1 | tee -a "$results/candle.log"
+  local status=${PIPESTATUS[0]}
+  with_candle qwen3_moe 2>&1 | tee -a "$results/candle.log"
+  [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+  summary "$results/candle.log"
+  return "$status"
+}
+
+run_candle_bench() {
+  describe | tee "$results/candle_bench.log"
+  with_candle bench_moe "$@" 2>&1 | tee -a "$results/candle_bench.log"
+  return "${PIPESTATUS[0]}"
+}
+
 case ${1:-} in
-  test | model | sanitize | bench | demo)
+  test | model | sanitize | bench | demo | capi | rust | python | experts | candle | candle_bench)
     command=$1
     shift
     "run_$command" "$@"
     ;;
   all)
     worst=0
-    for command in test model sanitize bench demo; do
+    for command in test model sanitize bench demo capi rust python; do
       echo "== $command"
       "run_$command" || worst=1
     done
     exit "$worst"
     ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

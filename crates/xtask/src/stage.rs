@@ -2,7 +2,7 @@
 //! that runs on a GPU host which has neither Rust nor nvcc nor the sources.
 
 use crate::{
-    Failure, golden,
+    Failure, capi, golden,
     process::{cargo, root, target},
     toolchain,
 };
@@ -21,6 +21,7 @@ const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
     (&["test", "--no-run", "--package", "anabranch-model", "--test", "gpu"], "test", "gpu", "model-tests"),
     (&["bench", "--no-run", "--package", "anabranch", "--bench", "gpu"], "bench", "gpu", "gpu-benches"),
     (&["build", "--package", "anabranch-cli"], "bin", "anabranch", "anabranch"),
+    (&["build", "--package", "anabranch", "--example", "embed_stream"], "example", "embed_stream", "embed_stream"),
 ];
 
 /// Golden layers go along without their gradients.
@@ -45,6 +46,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     }
     copy_layers(&root().join(LAYERS.0), &folder.join(LAYERS.1))?;
     copy(&root().join(CHECKPOINTS.0), &folder.join(CHECKPOINTS.1))?;
+    embedding(&folder)?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
     executable(&script)?;
@@ -54,6 +56,19 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     println!("{}: {:.1} MiB; on the GPU host: {0}/run.sh all", folder.display(), mib(bytes));
     if bytes > MOST_BYTES {
         return Err(Failure::Failed(format!("the folder has {:.1} MiB, more than {:.0}", mib(bytes), mib(MOST_BYTES))));
+    }
+    Ok(())
+}
+
+/// The C library, the programs that test it, and the Python package with its tests.
+fn embedding(folder: &Path) -> Result<(), Failure> {
+    let prefix = target().join("capi");
+    capi::install(&prefix)?;
+    copy(&prefix.join("lib").join(capi::SHARED), &folder.join("lib").join(capi::SHARED))?;
+    copy(&prefix.join("include"), &folder.join("include"))?;
+    capi::compile(&prefix, &folder.join("capi"), false)?;
+    for (from, to) in [("src/anabranch", "anabranch"), ("tests", "tests"), ("bench_experts.py", "bench_experts.py")] {
+        copy(&root().join("python").join(from), &folder.join("python").join(to))?;
     }
     Ok(())
 }
@@ -91,7 +106,7 @@ fn build(arguments: &[&str], kind: &str, name: &str) -> Result<PathBuf, Failure>
 
 /// The path in the message of a target. cargo writes one JSON object a line, without spaces; a full reader is not needed for
 /// two fixed fields and a path.
-fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
+pub(crate) fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
     let target = format!("\"kind\":[\"{kind}\"],");
     let named = format!("\"name\":\"{name}\",");
     messages.lines().filter(|line| line.contains(&target) && line.contains(&named)).find_map(|line| {

@@ -1,9 +1,9 @@
 //! `cargo xtask test`: the gate. Every step runs, whatever the ones before it found, and the end says which failed.
 
 use crate::{
-    Failure, deny,
+    Failure, capi, deny,
     process::{cargo, root, run as run_process},
-    toolchain,
+    python, toolchain,
 };
 use std::{
     ffi::OsStr,
@@ -34,6 +34,8 @@ const STEPS: &[Step] = &[
         run: || passed(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
     },
     Step { name: "cuda", run: cuda },
+    Step { name: "capi", run: capi::check },
+    Step { name: "python", run: python::check },
     Step { name: "docs", run: docs },
     Step { name: "licences", run: deny::check },
     Step {
@@ -95,11 +97,13 @@ fn docs() -> Result<Outcome, Failure> {
     passed(cargo(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
 }
 
-/// Formatting of CUDA C++ by .clang-format, with the version that the toolchain pins.
+/// Formatting of C and CUDA C++ by .clang-format, with the version that the toolchain pins.
 fn kernel_format() -> Result<Outcome, Failure> {
     toolchain::ensure()?;
     let mut sources = Vec::new();
-    kernel_sources(&root().join("kernels"), &mut sources)?;
+    for folder in ["kernels", "crates/capi"] {
+        kernel_sources(&root().join(folder), &mut sources)?;
+    }
     sources.sort();
     passed(
         Command::new(toolchain::clang_format())
@@ -115,7 +119,7 @@ fn kernel_sources(folder: &Path, sources: &mut Vec<PathBuf>) -> Result<(), Failu
         let path = entry.map_err(cannot)?.path();
         if path.is_dir() {
             kernel_sources(&path, sources)?;
-        } else if ["cu", "cuh", "h"].into_iter().any(|kind| path.extension() == Some(OsStr::new(kind))) {
+        } else if ["c", "cu", "cuh", "h"].into_iter().any(|kind| path.extension() == Some(OsStr::new(kind))) {
             sources.push(path);
         }
     }
@@ -136,7 +140,7 @@ fn cuda() -> Result<Outcome, Failure> {
 }
 
 /// Whether NVIDIA's tool finds a GPU. The tests themselves say what is wrong with one that cannot be used.
-fn has_gpu() -> bool {
+pub(crate) fn has_gpu() -> bool {
     let listed = Command::new("nvidia-smi").arg("-L").output();
     listed.is_ok_and(|output| output.status.success() && String::from_utf8_lossy(&output.stdout).contains("GPU "))
 }

@@ -64,13 +64,18 @@ fn libclang() -> Option<PathBuf> {
     named.or_else(|| Some(locate::toolchain_libclang(&process::toolchain())).filter(|path| path.is_file()))
 }
 
+/// The folder that libclang is looked for in, if it is known.
+pub(crate) fn libclang_folder() -> Option<PathBuf> {
+    libclang().map(|path| if path.is_file() { path.parent().unwrap_or(&path).to_path_buf() } else { path })
+}
+
 /// Installs everything into a folder beside the final one and renames its parts: what is there is whole.
 fn bring(toolchain: &Path) -> Result<(), Failure> {
     let fresh = toolchain.with_extension(format!("new-{}", std::process::id()));
     let failed = |error: std::io::Error| Failure::Failed(format!("cannot fill {}: {error}", toolchain.display()));
     let _ = fs::remove_dir_all(&fresh);
     let result = fs::create_dir_all(&fresh).and_then(|()| fs::create_dir_all(toolchain)).map_err(failed);
-    let result = result.and_then(|()| install(&fresh)).and_then(|()| {
+    let result = result.and_then(|()| install(&fresh, PACKAGES)).and_then(|()| {
         for part in PARTS {
             let _ = fs::remove_dir_all(toolchain.join(part));
             fs::rename(fresh.join(part), toolchain.join(part)).map_err(failed)?;
@@ -81,8 +86,8 @@ fn bring(toolchain: &Path) -> Result<(), Failure> {
     result
 }
 
-/// `pip install --target`. Where python has no pip but can make a virtual environment, that one's pip.
-fn install(into: &Path) -> Result<(), Failure> {
+/// `pip install --target` of some packages. Where python has no pip but can make a virtual environment, that one's pip.
+pub(crate) fn install(into: &Path, packages: &[&str]) -> Result<(), Failure> {
     let quiet = |command: &mut Command| {
         command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
     };
@@ -99,7 +104,7 @@ fn install(into: &Path) -> Result<(), Failure> {
         return Err(missing("python's pip (Debian's package python3-pip)"));
     };
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--no-compile"]);
-    let result = process::run(pip.arg("--target").arg(into).args(PACKAGES));
+    let result = process::run(pip.arg("--target").arg(into).args(packages));
     let _ = fs::remove_dir_all(environment);
     result
 }
