@@ -533,7 +533,7 @@ typedef enum AnabranchArch {
   ANABRANCH_ARCH_AUTO = 0,
   // mma.sync: every device from 8.0 on, every shape.
   ANABRANCH_ARCH_SM80 = 1,
-  // TMA and wgmma: compute capability 9.0, hidden_size a multiple of 16.
+  // TMA and wgmma: compute capability 9.0.
   ANABRANCH_ARCH_SM90 = 2,
 } AnabranchArch;
 
