@@ -163,6 +163,11 @@ AnabranchStatus launch(const Config& config, Args& args, const void* gate_up, co
 
 }  // namespace
 
+bool is_there_sm90() {
+  cudaFuncAttributes attributes = {};
+  return checked(cudaFuncGetAttributes(&attributes, run_experts<Few>)) == ANABRANCH_STATUS_OK;
+}
+
 AnabranchStatus launch_sm90(const Config& config, Args args, const void* gate_up, const void* down,
                             cudaStream_t stream) {
   switch (config.tile) {

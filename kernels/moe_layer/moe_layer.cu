@@ -75,8 +75,8 @@ AnabranchStatus ask(Device* device) {
 // Whether the kernels for 9.0 take the shape: rows are found by 32-bit counts of 16 bytes.
 bool suits_sm90(const Device& device, const Sizes& sizes) {
   constexpr uint64_t kMost = uint64_t{1} << 31;
-  return device.major == 9 && device.minor == 0 && sizes.tokens * sizes.hidden / 8 < kMost &&
-         sizes.pairs() * sizes.intermediate / 8 < kMost;
+  return device.major == 9 && device.minor == 0 && experts::is_there_sm90() &&
+         sizes.tokens * sizes.hidden / 8 < kMost && sizes.pairs() * sizes.intermediate / 8 < kMost;
 }
 
 // What is done with a shape.

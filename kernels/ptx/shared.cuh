@@ -14,14 +14,4 @@ __device__ __forceinline__ uint4 ld_shared_16(uint32_t address) {
   return value;
 }
 
-__device__ __forceinline__ float ld_shared_float(uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void st_shared_float(uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
 }  // namespace anabranch::ptx

@@ -23,6 +23,7 @@ const MANAGED: i32 = 3;
 
 unsafe extern "C" {
     fn cudaGetDevice(device: *mut i32) -> i32;
+    fn cudaStreamIsCapturing(stream: AnabranchStream, status: *mut i32) -> i32;
     fn cudaStreamGetDevice(stream: AnabranchStream, device: *mut i32) -> i32;
     fn cudaPointerGetAttributes(attributes: *mut Attributes, pointer: *const c_void) -> i32;
     fn cudaGetLastError() -> i32;
@@ -50,6 +51,13 @@ pub(crate) fn current_device() -> Result<i32, Refusal> {
 /// Refuses another GPU's stream. The default streams, which are no pointers, belong to the current GPU.
 pub(crate) fn check_stream(stream: AnabranchStream, device: i32) -> Result<(), Refusal> {
     if stream.addr() <= 2 {
+        return Ok(());
+    }
+    let mut capturing = 0;
+    // SAFETY: the stream is a live one, as the header asks; the function writes one int.
+    told(unsafe { cudaStreamIsCapturing(stream, &raw mut capturing) })?;
+    // The question below would end the capture.
+    if capturing != 0 {
         return Ok(());
     }
     let mut home = device;

@@ -3,7 +3,7 @@
 #
 #   run.sh test | model | sanitize | bench | demo | capi | rust | python | experts | candle | candle_bench | all
 #
-# ANABRANCH_GOLDEN       folder of golden data (default: golden beside this script)
+# ANABRANCH_GOLDEN       folder of golden data (default: what golden.tar.gz beside this script holds)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
 # ANABRANCH_CASES        cases of each property: 512 in test, 12 in sanitize
 # PYTHON                 the interpreter of python and experts, with PyTorch and Transformers (default: python3)
@@ -11,7 +11,6 @@
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export ANABRANCH_GOLDEN=${ANABRANCH_GOLDEN:-$here/golden}
 export ANABRANCH_REQUIRE_GPU=${ANABRANCH_REQUIRE_GPU:-1}
 export RUST_BACKTRACE=${RUST_BACKTRACE:-1}
 results=${RESULTS:-$PWD/results}
@@ -21,6 +20,11 @@ results=$(cd "$results" && pwd)
 # Programs are packed, because each carries every kernel. They are unpacked here when they are first run.
 unpacked=$(mktemp -d) || exit 1
 trap 'rm -rf "$unpacked"' EXIT
+if [ -z "${ANABRANCH_GOLDEN:-}" ]; then
+  tar -C "$unpacked" -xzf "$here/golden.tar.gz" || exit 1
+  ANABRANCH_GOLDEN=$unpacked/golden
+fi
+export ANABRANCH_GOLDEN
 
 # The path of an unpacked program.
 program() {
