@@ -136,8 +136,9 @@ fn pack(program: &Path, to: &Path) -> Result<(), Failure> {
 fn pack_golden(folder: &Path) -> Result<(), Failure> {
     let mut tar = Command::new("tar");
     tar.arg("-C").arg(folder).args(["-czf"]).arg(folder.join("golden.tar.gz")).arg("golden");
-    let status =
-        tar.status().map_err(|error| Failure::Failed(format!("cannot start tar, which packs the golden data: {error}")))?;
+    let status = tar
+        .status()
+        .map_err(|error| Failure::Failed(format!("cannot start tar, which packs the golden data: {error}")))?;
     if !status.success() {
         return Err(Failure::Failed(format!("tar of {} ended with {status}", folder.display())));
     }
