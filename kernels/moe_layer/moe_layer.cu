@@ -7,8 +7,9 @@
 // Reference: anabranch::reference::MoeLayer. Architecture: 8.0 and newer; on 9.0 the expert products are those of
 // experts/. Alignment: 16 bytes for what is bf16, 256 for the workspace.
 //
-// This file only puts launches one after another: router, extend (with shared experts), permute, then either the sm_80
-// path (grouped_gemm with SwiGLU, grouped_gemm, combine) or the experts of 9.0.
+// This file only puts launches one after another. 8.0: router, extend (with shared experts), permute, grouped_gemm with
+// SwiGLU, grouped_gemm, combine. 9.0: the front (router and extend in one; both where tokens may be dropped), then the
+// experts alone with few tokens, else permute, experts, combine.
 //
 // Bounds. FLOPs: 6 T (K + S) d n. Bytes: 6 d n an expert hit, 4 T d.
 
