@@ -16,7 +16,7 @@ mod runtime;
 macro_rules! declared {
     ($name:ident($($argument:ty),*) $(-> $result:ty)?) => {
         const _: () = {
-            #[allow(dead_code)]
+            #[expect(dead_code, reason = "compiled for its types alone")]
             fn declared() {
                 let _: unsafe extern "C" fn($($argument),*) $(-> $result)? = anabranch::cuda::sys::$name;
             }
