@@ -70,7 +70,7 @@ struct Tile {
   static constexpr uint32_t kPanelBytes = kRows * kRowBytes;  // of weights
 };
 
-enum class TileId : uint32_t { kFew, kMany };
+enum class TileId : uint32_t { kOneToken, kFew, kMany };
 
 // Few tokens an expert: memory is what counts, and rows of weights are read 256 bytes at a time.
 using Few = Tile<2, 1, 64, 2>;
@@ -90,6 +90,8 @@ struct Problem {
   uint64_t tokens;
   uint64_t experts;
   uint64_t topk;
+  uint64_t hidden;
+  uint64_t intermediate;
   uint64_t shared_limit;  // bytes a block may have
 };
 
@@ -122,7 +124,20 @@ constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
   return config;
 }
 
+// A single token's kernel (one_token.cuh): warps of a block that multiply, and steps of 512 bytes that each has on
+// their way: 128 KiB a multiprocessor, where 40 would keep memory busy, for the time in which all wait for h.
+constexpr uint32_t kOneTokenWarps = 16;
+constexpr uint32_t kOneTokenSteps = 16;
+
+// The steps, x, h, three barriers.
+constexpr uint64_t one_token_bytes(const Problem& problem) {
+  return kOneTokenWarps * kOneTokenSteps * 512 + 2 * (problem.hidden + problem.topk * problem.intermediate) + 3 * 8;
+}
+
 constexpr Config choose(const Problem& problem) {
+  if (problem.tokens == 1 && one_token_bytes(problem) <= problem.shared_limit) {
+    return {TileId::kOneToken, 1, 1, kOneTokenSteps, static_cast<uint32_t>(one_token_bytes(problem)), true};
+  }
   const uint64_t pairs = problem.tokens * problem.topk;
   const uint64_t hit = least(pairs, problem.experts);
   const uint64_t mean = hit == 0 ? 0 : (pairs + hit - 1) / hit;
@@ -135,16 +150,21 @@ constexpr Config choose(const Problem& problem) {
 }
 
 // A Hopper and the shapes of named models.
-constexpr Config choose_there(uint64_t tokens, uint64_t experts, uint64_t topk) {
-  return choose({tokens, experts, topk, 227 * 1024});
+constexpr Config choose_there(uint64_t tokens, uint64_t experts, uint64_t topk, uint64_t hidden = 2048,
+                              uint64_t intermediate = 768) {
+  return choose({tokens, experts, topk, hidden, intermediate, 227 * 1024});
 }
-static_assert(choose_there(1, 64, 6).tile == TileId::kFew && choose_there(1, 64, 6).token_tile == 8);
-static_assert(choose_there(1, 64, 6).stages == 6 && choose_there(512, 128, 8).token_tile == 64);
+static_assert(choose_there(1, 128, 8).tile == TileId::kOneToken && choose_there(1, 128, 8).stages == 16);
+static_assert(choose_there(1, 8, 2, 4096, 14336).rows == 1 && choose_there(1, 256, 8, 7168, 2048).rows == 1);
+static_assert(choose_there(1, 64, 32, 4096, 14336).tile == TileId::kFew);
+static_assert(choose_there(2, 64, 6).tile == TileId::kFew && choose_there(2, 64, 6).token_tile == 8);
+static_assert(choose_there(3, 64, 6).stages == 6 && choose_there(512, 128, 8).token_tile == 64);
 static_assert(choose_there(16384, 64, 6).token_tile == 176 && choose_there(16384, 256, 8).stages == 4);
 static_assert(choose_there(4096, 1024, 32).stages >= 3);
 
-// Most tiles of tokens, whatever the routing: an expert's last one may be nearly empty.
+// Most tiles of tokens, whatever the routing: an expert's last one may be nearly empty. A single token has none.
 constexpr uint64_t most_tiles(const Config& config, uint64_t pairs, uint64_t experts) {
+  if (config.tile == TileId::kOneToken) return 0;
   return least(pairs, experts) + pairs / config.token_tile;
 }
 

@@ -85,8 +85,7 @@ __device__ __forceinline__ void consume(const Args& args, const Pipeline<Shape>&
   while (true) {
     wait(pipeline.item_full + 8 * queue.index, queue.parity);
     const Item item = pipeline.items[queue.index];
-    ptx::named_barrier(kGroupBarrier + group, 128);
-    if (signals) ptx::mbarrier_arrive(pipeline.item_empty + 8 * queue.index);
+    ptx::mbarrier_arrive(pipeline.item_empty + 8 * queue.index);
     queue.advance(kQueue);
     if (item.phase == kNoItem) return;
 

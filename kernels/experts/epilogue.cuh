@@ -3,18 +3,13 @@
 
 #include "common/bf16.cuh"
 #include "experts/pipeline.cuh"
+#include "experts/silu.cuh"
 #include "ptx/convert.cuh"
-#include "ptx/math.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 
 namespace anabranch::experts {
-
-__device__ __forceinline__ float silu_times(float gate, float up) {
-  constexpr float kLog2E = 1.44269504f;
-  return gate * up * ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * gate));
-}
 
 // Results go out by way of shared memory, where 32 tokens have rows of 128 bytes, 16-byte chunks exchanged by the row's
 // number: written 8 columns at a time, read as whole lines. Stored from the sums' registers they would reach memory in

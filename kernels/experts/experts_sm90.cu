@@ -22,6 +22,7 @@
 #include "common/launch.cuh"
 #include "experts/consume.cuh"
 #include "experts/experts.cuh"
+#include "experts/one_token.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/prefetch.cuh"
 
@@ -171,6 +172,8 @@ bool is_there_sm90() {
 AnabranchStatus launch_sm90(const Config& config, Args args, const void* gate_up, const void* down,
                             cudaStream_t stream) {
   switch (config.tile) {
+    case TileId::kOneToken:
+      return launch_one_token(config, args, gate_up, down, stream);
     case TileId::kFew:
       return launch<Few>(config, args, gate_up, down, stream);
     case TileId::kMany:

@@ -41,7 +41,7 @@ struct Pipeline {
   uint32_t full;        // [stages]: weights and tokens are there
   uint32_t empty;       // [stages]: every consumer warpgroup is done
   uint32_t item_full;   // [kQueue]
-  uint32_t item_empty;  // [kQueue]
+  uint32_t item_empty;  // [kQueue]: every thread that reads it has
   Item* items;          // [kQueue]
   uint32_t* words;      // the schedule's
   uint32_t* scratch;    // the stages, while nothing else is in them
@@ -84,7 +84,7 @@ struct Pipeline {
     }
     for (uint32_t i = 0; i < kQueue; ++i) {
       ptx::mbarrier_init(item_full + 8 * i, 1);
-      ptx::mbarrier_init(item_empty + 8 * i, kTokenWarps + Shape::kGroups);
+      ptx::mbarrier_init(item_empty + 8 * i, (kTokenWarps + 4 * Shape::kGroups) * kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }

@@ -97,8 +97,8 @@ class TokenLoader {
     while (true) {
       wait(pipeline_.item_full + 8 * queue.index, queue.parity);
       const Item item = pipeline_.items[queue.index];
+      ptx::mbarrier_arrive(pipeline_.item_empty + 8 * queue.index);
       __syncwarp();
-      if (lane() == 0) ptx::mbarrier_arrive(pipeline_.item_empty + 8 * queue.index);
       queue.advance(kQueue);
       if (item.phase == kNoItem) return;
       if (item.phase == kGate) gather(item);

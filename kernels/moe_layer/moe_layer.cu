@@ -106,8 +106,8 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
                                                  : ANABRANCH_ARCH_SM80;
   if (plan->arch == ANABRANCH_ARCH_SM90) {
     if (!suits_sm90(device, sizes)) return ANABRANCH_STATUS_UNSUPPORTED;
-    plan->experts =
-        experts::choose({sizes.tokens, sizes.experts, sizes.topk, static_cast<uint64_t>(device.shared_per_block)});
+    plan->experts = experts::choose({sizes.tokens, sizes.experts, sizes.topk, sizes.hidden, sizes.intermediate,
+                                     static_cast<uint64_t>(device.shared_per_block)});
     plan->token_tiles = experts::most_tiles(plan->experts, sizes.pairs(), sizes.experts);
     plan->progress_words = kCounterWords + plan->token_tiles + (sizes.hidden - 1) / experts::kBlockRows + 8;
     plan->blocks = static_cast<uint32_t>(device.multiprocessors);

@@ -221,6 +221,26 @@ fn every_number_of_tokens() {
     });
 }
 
+/// A token alone has a kernel of its own where x and h fit into a multiprocessor's memory.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn one_token() {
+    on_gpu(|stream| {
+        let choices = [Choice::Normal, Choice::Given, Choice::Repeated, Choice::GivenOne, Choice::Nobody];
+        // Rows of less than a step, of a few, of many; fewer columns than warps; more than fit.
+        for sizes in [[8, 8], [64, 4096], [520, 264], [2048, 768], [4104, 40], [2048, 1408], [136, 2056]] {
+            for choice in choices {
+                check(stream, &plain(1, [40, 6], sizes, choice)).unwrap();
+                check(stream, &Case { num_shared: 2, shared_gate: true, ..plain(1, [16, 2], sizes, choice) }).unwrap();
+            }
+        }
+        for topk in [1, 31, 32] {
+            check(stream, &plain(1, [32, topk], [64, 4096], Choice::Normal)).unwrap();
+            check(stream, &plain(1, [1024, topk], [64, 32], Choice::Given)).unwrap();
+        }
+    });
+}
+
 /// Segments of many tiles, and inner dimensions of many steps.
 #[test]
 #[ignore = "needs a CUDA GPU"]
