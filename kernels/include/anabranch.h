@@ -616,7 +616,7 @@ AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, Anabr
 // at the same time, each with a workspace and a stream of its own.
 
 // What this header describes. It changes when a program that was built with another header would no longer work.
-#define ANABRANCH_ABI_VERSION 1
+#define ANABRANCH_ABI_VERSION 2
 
 // ANABRANCH_ABI_VERSION of the library that was loaded.
 int32_t anabranch_abi_version(void);

@@ -12,7 +12,7 @@ use crate::{Error, Result, reference::AttentionShape};
 const OPERATION: &str = "attention";
 
 /// Which tokens belong to which sequence, and where its keys lie: in blocks of the cache, which its table names in order
-/// (PagedAttention, arXiv 2309.06180). The numbers are on the GPU, so that a captured call serves other lengths and tables. Numbers that
+/// (`PagedAttention`, arXiv 2309.06180). The numbers are on the GPU, so that a captured call serves other lengths and tables. Numbers that
 /// contradict each other give wrong values, but nothing outside of the buffers is touched.
 #[derive(Debug)]
 pub struct AttentionBatch<'a> {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::Real;
 use crate::{Error, Result, error::check_len};
 
-/// The first `length` rows of a sequence whose position `s` lies in block `table[s / block_size]`, row `s % block_size` (PagedAttention,
+/// The first `length` rows of a sequence whose position `s` lies in block `table[s / block_size]`, row `s % block_size` (`PagedAttention`,
 /// arXiv 2309.06180). Attention over a cache of blocks is [`attention`](super::attention()) over these rows.
 ///
 /// `cache` is `[blocks, block_size, stride]`. Rows that follow each other already are borrowed, others copied.

@@ -1,6 +1,6 @@
 //! Blocks of a cache of keys and values: who holds them, what is known of them, and how far they are written.
 //!
-//! A cache is blocks of [`BLOCK_SIZE`] tokens, and a sequence a table of blocks (PagedAttention, arXiv 2309.06180), so that sequences of any
+//! A cache is blocks of [`BLOCK_SIZE`] tokens, and a sequence a table of blocks (`PagedAttention`, arXiv 2309.06180), so that sequences of any
 //! lengths share the memory without moving. Backends keep the blocks' contents and know nothing of sequences; whose a block is stands
 //! here, on the host, the same for every backend.
 
@@ -166,8 +166,9 @@ impl Written {
             targets.extend(segment.targets().map(|(block, _)| block));
         }
         targets.sort_unstable();
-        if let Some(pair) = targets.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(Error::Input(format!("two segments of one pass write to block {} of the cache", pair[0])));
+        let twice = targets.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).next();
+        if let Some(block) = twice {
+            return Err(Error::Input(format!("two segments of one pass write to block {block} of the cache")));
         }
         for (block, end) in segments.iter().flat_map(Segment::targets) {
             self.0[block as usize] = end as u8;

@@ -112,7 +112,7 @@ pub fn generate(
         let request = Request {
             prompt: prompt.clone(),
             max_new_tokens: options.max_new_tokens,
-            sampling: options.sampling.clone(),
+            sampling: options.sampling,
             seed: options.seed,
             stream: index as u64,
             eos: options.eos.clone(),
@@ -159,14 +159,14 @@ pub fn generate(
 struct Text<'a> {
     ids: Vec<u32>,
     stream: TextStream<'a>,
-    text: String,
+    certain: String,
     finish: Option<Finish>,
 }
 
 impl<'a> Text<'a> {
     fn new(tokenizer: &'a Tokenizer, options: &'a GenerateOptions) -> Result<Self> {
         let stream = TextStream::new(tokenizer, &options.stop)?;
-        Ok(Self { ids: Vec::new(), stream, text: String::new(), finish: None })
+        Ok(Self { ids: Vec::new(), stream, certain: String::new(), finish: None })
     }
 
     /// Adds a token, the last one if there is a reason, and returns the text that is certain with it.
@@ -187,12 +187,12 @@ impl<'a> Text<'a> {
                 self.finish = Some(Finish::Stop);
             }
         }
-        self.text.push_str(&piece);
+        self.certain.push_str(&piece);
         Ok(piece)
     }
 
     fn into_generation(self) -> Generation {
-        let Self { ids, text, finish, .. } = self;
-        Generation { ids, text, finish: finish.unwrap_or(Finish::Length) }
+        let Self { ids, certain, finish, .. } = self;
+        Generation { ids, text: certain, finish: finish.unwrap_or(Finish::Length) }
     }
 }
