@@ -4,9 +4,9 @@
 //   for query i of sequence b, t = q_offsets[b] + i, with position s in row s % block_size of the cache's block
 //   block_table[table_starts[b] + s / block_size]
 //
-//   q [T, H Dk] bf16, keys [blocks, block_size, stride >= H_kv Dk] bf16, values likewise with Dv or the keys themselves (latent
-//   attention: Dk = 576, Dv = 512, H_kv = 1) -> out [T, H Dv] bf16. Scores, softmax and sums in float32; weights are
-//   rounded to bf16 for the second product, as FlashAttention does.
+//   q [T, H Dk] bf16, keys [blocks, block_size, stride >= H_kv Dk] bf16, values likewise with Dv or the keys themselves
+//   (latent attention: Dk = 576, Dv = 512, H_kv = 1) -> out [T, H Dv] bf16. Scores, softmax and sums in float32;
+//   weights are rounded to bf16 for the second product, as FlashAttention does.
 //
 // Reference: anabranch::reference::attention, and what latent_attention does over its cache. Architecture: 8.0 and
 // newer (mma.sync, cp.async, ldmatrix). Alignment: q, keys, values and out on 16 bytes; Dk, Dv and strides multiples of

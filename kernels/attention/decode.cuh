@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) decode(con
     const uint32_t first = begin + tile * Tile::kKeys;
     const uint64_t row = cache_row(args, block, first);
     const uint32_t stage = tile % 2 * Tile::kStageBytes;
-    Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(
-        shared_k + stage, end - first, args.key_dim, args.keys + row * args.key_stride + kv_head * args.key_dim,
-        args.key_stride);
+    Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(shared_k + stage, end - first, args.key_dim,
+                                                          args.keys + row * args.key_stride + kv_head * args.key_dim,
+                                                          args.key_stride);
     if constexpr (!Tile::kShared) {
       Tile::Value::template copy<Tile::kKeys, Tile::kThreads>(
           shared_v + stage, end - first, args.value_dim,

@@ -448,9 +448,9 @@ AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params,
 //
 // Sequence b has the tokens q_offsets[b] to q_offsets[b + 1] - 1 of q, T_b of them, which are its last ones, and
 // kv_lengths[b] = S_b keys, those of these tokens included. The cache is made of blocks, and a sequence has a table of
-// those that are its own: position s lies in block block_table[table_starts[b] + s / block_size], in row s % block_size.
-// Sequences may share blocks; a sequence whose rows all follow each other is one block. Query i sees positions 0 to
-// S_b - T_b + i. Query head h reads key head h * num_kv_heads / num_heads.
+// those that are its own: position s lies in block block_table[table_starts[b] + s / block_size], in row s %
+// block_size. Sequences may share blocks; a sequence whose rows all follow each other is one block. Query i sees
+// positions 0 to S_b - T_b + i. Query head h reads key head h * num_kv_heads / num_heads.
 typedef struct AnabranchAttentionParams {
   // T, rows of q and out; T * num_heads is below 2^31.
   uint64_t num_tokens;
@@ -616,7 +616,7 @@ AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, Anabr
 // at the same time, each with a workspace and a stream of its own.
 
 // What this header describes. It changes when a program that was built with another header would no longer work.
-#define ANABRANCH_ABI_VERSION 2
+#define ANABRANCH_ABI_VERSION 1
 
 // ANABRANCH_ABI_VERSION of the library that was loaded.
 int32_t anabranch_abi_version(void);

@@ -12,7 +12,7 @@ from ctypes import POINTER, Structure, c_char, c_char_p, c_float, c_int, c_int32
 from pathlib import Path
 from typing import NoReturn
 
-ABI_VERSION = 2
+ABI_VERSION = 1
 
 OK = 0
 POINTER_ERROR = 1
