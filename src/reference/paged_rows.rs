@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 
-use super::Real;
 use crate::{Error, Result, error::check_len};
 
 /// The first `length` rows of a sequence whose position `s` lies in block `table[s / block_size]`, row `s % block_size` (`PagedAttention`,
@@ -12,7 +11,7 @@ use crate::{Error, Result, error::check_len};
 ///
 /// # Errors
 /// [`Error::Shape`] if the cache is not whole blocks or the table too short, [`Error::Index`] if it names a block that does not exist.
-pub fn paged_rows<'a, T: Real>(
+pub fn paged_rows<'a, T: Clone>(
     cache: &'a [T],
     [block_size, stride]: [usize; 2],
     table: &[u32],

@@ -314,7 +314,7 @@ fn numbers_out_of_range_stay_inside() {
 /// Anything that waits for the stream or allocates on the side would break the capture.
 #[test]
 #[ignore = "needs a CUDA GPU"]
-fn is_captured_in_a_graph_and_replayed_with_other_lengths() {
+fn is_captured_in_a_graph_and_replayed_with_other_lengths_and_tables() {
     on_gpu(|stream| {
         for (shape, tokens) in [(heads(8, 2, 128, 128), 1), (heads(8, 2, 128, 128), 130)] {
             let case = |keys: [usize; 2], seed| Case { seed, ..plain(shape, false, &keys.map(|keys| (tokens, keys))) };
@@ -331,9 +331,11 @@ fn is_captured_in_a_graph_and_replayed_with_other_lengths() {
 
             graph.launch().unwrap();
             compare(&shape, &call.read(stream), &long.expected(&data)).unwrap();
-            // The same cache, of which less is used.
-            let fewer = Data { kv_lengths: vec![200, 131], ..long.data() };
+            // The same cache, of which less is used, and by the other sequence.
+            let table_starts: Vec<u32> = data.table_starts.iter().rev().copied().collect();
+            let fewer = Data { kv_lengths: vec![200, 131], table_starts, ..long.data() };
             call.inputs.kv_lengths.fill(stream, &fewer.kv_lengths);
+            call.inputs.table_starts.fill(stream, &fewer.table_starts);
             graph.launch().unwrap();
             let expected = Case { lengths: short.lengths, ..long }.expected(&fewer);
             compare(&shape, &call.read(stream), &expected).unwrap();

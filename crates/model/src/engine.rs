@@ -64,8 +64,8 @@ pub struct Limits {
     pub blocks: usize,
     /// Most requests that run side by side; the others wait.
     pub running: usize,
-    /// Most tokens of prompts in one pass, beside one token of each request that decodes. A prompt is cut at its multiples, whatever
-    /// shares the pass.
+    /// Most tokens of prompts in one pass, beside one token of each request that decodes or has only one left. A prompt is cut at its
+    /// multiples, whatever shares the pass.
     pub prompt_tokens: usize,
 }
 
