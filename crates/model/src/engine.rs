@@ -2,7 +2,8 @@
 //!
 //! Every pass takes a token of each request that decodes, and pieces of the prompts of new ones beside them (chunked prefill). Requests
 //! come in the order in which they were submitted. If the cache is full, the youngest gives its blocks back and computes again later
-//! what it held: it waits longer and gets the same tokens.
+//! what it held. What a request gets depends on the request alone, but for rounding: a pass of another size, or keys that another
+//! request with the same beginning has computed, may round differently.
 
 use std::collections::VecDeque;
 
