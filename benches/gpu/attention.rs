@@ -24,6 +24,9 @@ fn model(name: &'static str, [num_heads, num_kv_heads]: [usize; 2], [key_dim, va
     Model { name, shape, latent: key_dim == 576 }
 }
 
+/// Rows of a block of the cache, as the model crate has them.
+const BLOCK_SIZE: usize = 64;
+
 /// Bytes of cache beyond which a point is left out.
 const MOST_BYTES: usize = 24 << 30;
 
@@ -96,7 +99,8 @@ fn point(
     [queries, length]: [usize; 2],
 ) {
     let shape = &model.shape;
-    let (tokens, rows) = (sequences * queries, sequences * length);
+    let table_len = length.div_ceil(BLOCK_SIZE);
+    let (tokens, rows) = (sequences * queries, sequences * table_len * BLOCK_SIZE);
     let widths =
         [shape.num_heads * shape.key_dim, shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim];
     let bytes = rows * row_bytes(model) + 2 * tokens * (widths[0] + shape.num_heads * shape.value_dim);
@@ -114,7 +118,9 @@ fn point(
     };
     let q_offsets = numbers(sequences + 1, &|i| i * queries);
     let kv_lengths = numbers(sequences, &|_| length);
-    let kv_rows = numbers(sequences, &|i| i * length);
+    // Sequences' blocks lie among each other's, as they come when sequences grow side by side.
+    let block_table = numbers(sequences * table_len, &|i| i % table_len * sequences + i / table_len);
+    let table_starts = numbers(sequences, &|i| i * table_len);
     let input = |index: usize| AttentionInput {
         q: sets[index].q.view(),
         keys: sets[index].keys.view(),
@@ -122,7 +128,9 @@ fn point(
         batch: AttentionBatch {
             q_offsets: q_offsets.view(),
             kv_lengths: kv_lengths.view(),
-            kv_rows: kv_rows.view(),
+            block_table: block_table.view(),
+            table_starts: table_starts.view(),
+            block_size: BLOCK_SIZE,
             max_q_len: queries,
             max_kv_len: length,
         },

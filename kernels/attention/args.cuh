@@ -16,12 +16,17 @@ struct Args {
   const __nv_bfloat16* values;
   const uint32_t* q_offsets;
   const uint32_t* kv_lengths;
-  const uint32_t* kv_rows;
+  const uint32_t* block_table;
+  const uint32_t* table_starts;
   __nv_bfloat16* out;
   // With more than one split: [splits, T * num_heads, value_dim] sums, then as many (maximum, sum of weights) pairs.
   float* partial_sums;
   float2* partial_weights;
-  uint64_t cache_rows;
+  // 0 where there are no blocks.
+  uint32_t table_len;
+  uint32_t num_blocks;
+  // Blocks are of 2^block_shift rows.
+  uint32_t block_shift;
   uint32_t num_tokens;
   uint32_t num_sequences;
   uint32_t num_heads;
@@ -39,27 +44,42 @@ struct Args {
   uint32_t row_tiles;
 };
 
-// One sequence. Whatever the device's numbers say, nothing outside of q, out and the cache is touched.
+// Every tile of keys begins at a multiple of its size, which divides this and thus a block: it lies within one.
+constexpr uint32_t kLeastBlock = 64;
+
+// One sequence. Whatever the device's numbers say, nothing outside of q, out, the tables and the cache is touched.
 struct Sequence {
   uint32_t first_token;
   uint32_t queries;
   uint32_t keys;
-  uint64_t first_row;
+  // Its table.
+  uint32_t table;
 
   __device__ __forceinline__ Sequence(const Args& args, uint32_t index) {
     first_token = min(args.q_offsets[index], args.num_tokens);
     const uint32_t end = min(args.q_offsets[index + 1], args.num_tokens);
     queries = end > first_token ? end - first_token : 0;
-    first_row = args.kv_rows[index];
-    const uint64_t held = first_row < args.cache_rows ? args.cache_rows - first_row : 0;
-    keys = args.kv_lengths[index];
-    keys = keys < held ? keys : static_cast<uint32_t>(held);
+    table = min(args.table_starts[index], args.table_len);
+    const uint64_t held = static_cast<uint64_t>(args.table_len - table) << args.block_shift;
+    const uint32_t most = held < INT32_MAX ? static_cast<uint32_t>(held) : INT32_MAX;
+    keys = min(args.kv_lengths[index], most);
   }
 
   // How many keys query i sees: those of positions below this.
   __device__ __forceinline__ int visible(uint32_t query) const {
     return static_cast<int>(keys) - static_cast<int>(queries) + static_cast<int>(query) + 1;
   }
+
+  // The block of a position below `keys`.
+  __device__ __forceinline__ uint32_t block(const Args& args, uint32_t position) const {
+    return args.block_table[table + (position >> args.block_shift)];
+  }
 };
+
+// The cache's row of a position in its block. Apart from the look-up, so that that can be ahead of its use.
+__device__ __forceinline__ uint64_t cache_row(const Args& args, uint32_t block, uint32_t position) {
+  const uint64_t first = static_cast<uint64_t>(min(block, args.num_blocks - 1)) << args.block_shift;
+  return first + (position & ((1u << args.block_shift) - 1));
+}
 
 }  // namespace anabranch::attention

@@ -1,11 +1,12 @@
 // attention: softmax(scale q K^T + causal mask) V over a cache of keys and values, for several sequences at once.
 //
 //   out[t, h] = sum_s softmax_s(scale q[t, h] . K[s, h']) V[s, h']    s = 0 ... S_b - T_b + i, h' = h / (H / H_kv)
-//   for query i of sequence b, t = q_offsets[b] + i, with position s in row kv_rows[b] + s of the cache
+//   for query i of sequence b, t = q_offsets[b] + i, with position s in row s % block_size of the cache's block
+//   block_table[table_starts[b] + s / block_size]
 //
-//   q [T, H Dk] bf16, keys [rows, stride >= H_kv Dk] bf16, values likewise with Dv or the keys themselves (latent
-//   attention: Dk = 576, Dv = 512, H_kv = 1) -> out [T, H Dv] bf16. Scores, softmax and sums in float32; weights are
-//   rounded to bf16 for the second product, as FlashAttention does.
+//   q [T, H Dk] bf16, keys [blocks, block_size, stride >= H_kv Dk] bf16, values likewise with Dv or the keys themselves
+//   (latent attention: Dk = 576, Dv = 512, H_kv = 1) -> out [T, H Dv] bf16. Scores, softmax and sums in float32;
+//   weights are rounded to bf16 for the second product, as FlashAttention does.
 //
 // Reference: anabranch::reference::attention, and what latent_attention does over its cache. Architecture: 8.0 and
 // newer (mma.sync, cp.async, ldmatrix). Alignment: q, keys, values and out on 16 bytes; Dk, Dv and strides multiples of
@@ -22,8 +23,8 @@
 // H200 (1,270 multiply-adds a clock and multiprocessor at 1.7 GHz): 0.24 ms. One query, B = 64, S = 32,768, H_kv =
 // 4: 4.3 GB, 1.0 ms at 4.3 TB/s.
 //
-// A warp's tile of 32 x 64, D = 128, of prefill on sm_90: 256 HMMA and 80 LDSM among some 1,350 instructions, 253
-// registers, nothing in local memory (on sm_80 seven words of loop invariants are). The LDSM read 40 KiB of shared
+// A warp's tile of 32 x 64, D = 128, of prefill on sm_90: 256 HMMA and 80 LDSM among some 1,350 instructions, 255
+// registers, nothing in local memory. The LDSM read 40 KiB of shared
 // memory: 1,280 clocks of its 128 bytes a clock for four warps' 1,650 clocks of HMMA. The 64 exponentials a thread are
 // 512 clocks of the special-function units, and scheduled between the second product's HMMA.
 
@@ -57,8 +58,13 @@ AnabranchStatus check_sizes(const AnabranchAttentionParams& params) {
   const uint32_t heads = params.num_heads;
   const uint32_t kv_heads = params.num_kv_heads;
   if (heads == 0 || kv_heads == 0 || heads % kv_heads != 0 || !is_dim(params.key_dim) || !is_dim(params.value_dim) ||
-      !(params.scale > 0.0f && params.scale < INFINITY) || params.max_kv_len >= kMost || params.cache_rows >= kMost ||
+      !(params.scale > 0.0f && params.scale < INFINITY) || params.max_kv_len >= kMost ||
       params.num_tokens >= kMost / heads || params.num_sequences >= kMost) {
+    return ANABRANCH_STATUS_SETTING;
+  }
+  const uint64_t block = params.block_size;
+  if (block < kLeastBlock || block >= kMost || (block & (block - 1)) != 0 || params.num_blocks >= kMost / block ||
+      params.table_len >= kMost) {
     return ANABRANCH_STATUS_SETTING;
   }
   if (!is_supported(problem_of(params))) return ANABRANCH_STATUS_UNSUPPORTED;
@@ -72,16 +78,17 @@ AnabranchStatus check_sizes(const AnabranchAttentionParams& params) {
 }
 
 AnabranchStatus check_pointers(const AnabranchAttentionParams& params) {
-  const bool cached = params.cache_rows > 0;
+  const bool cached = params.num_blocks > 0 && params.table_len > 0;
   if (params.q == nullptr || params.out == nullptr || params.q_offsets == nullptr || params.kv_lengths == nullptr ||
-      params.kv_rows == nullptr || (cached && (params.keys == nullptr || params.values == nullptr))) {
+      params.table_starts == nullptr ||
+      (cached && (params.block_table == nullptr || params.keys == nullptr || params.values == nullptr))) {
     return ANABRANCH_STATUS_POINTER;
   }
   for (const void* pointer : {params.q, params.keys, params.values, static_cast<const void*>(params.out),
                               static_cast<const void*>(params.workspace)}) {
     if (!is_aligned(pointer, 16)) return ANABRANCH_STATUS_ALIGNMENT;
   }
-  for (const uint32_t* pointer : {params.q_offsets, params.kv_lengths, params.kv_rows}) {
+  for (const uint32_t* pointer : {params.q_offsets, params.kv_lengths, params.block_table, params.table_starts}) {
     if (!is_aligned(pointer, 4)) return ANABRANCH_STATUS_ALIGNMENT;
   }
   return ANABRANCH_STATUS_OK;
@@ -134,11 +141,14 @@ Args args_of(const AnabranchAttentionParams& params, const Plan& plan) {
   args.values = static_cast<const __nv_bfloat16*>(params.values);
   args.q_offsets = params.q_offsets;
   args.kv_lengths = params.kv_lengths;
-  args.kv_rows = params.kv_rows;
+  args.block_table = params.block_table;
+  args.table_starts = params.table_starts;
   args.out = static_cast<__nv_bfloat16*>(params.out);
   args.partial_sums = static_cast<float*>(params.workspace);
   args.partial_weights = reinterpret_cast<float2*>(static_cast<uint8_t*>(params.workspace) + plan.sums_bytes);
-  args.cache_rows = params.cache_rows;
+  args.table_len = params.num_blocks > 0 ? static_cast<uint32_t>(params.table_len) : 0;
+  args.num_blocks = static_cast<uint32_t>(params.num_blocks);
+  while (uint64_t{1} << args.block_shift < params.block_size) ++args.block_shift;
   args.num_tokens = static_cast<uint32_t>(params.num_tokens);
   args.num_sequences = params.num_sequences;
   args.num_heads = params.num_heads;

@@ -50,7 +50,7 @@ struct DecodeTile {
   static constexpr uint32_t kWeightBytes = kRows * Weight::kBytes;
   static constexpr uint32_t kStatistics = kWarpsKeys * kRows;
   static constexpr uint32_t kSharedBytes = kQueryBytes + 2 * kStageBytes + kWeightBytes + 2 * 4 * kStatistics;
-  static_assert(kKeys <= 64 && kKeys % 16 == 0 && kWarpValue % 16 == 0 && kKeyDim % 32 == 0);
+  static_assert(kLeastBlock % kKeys == 0 && kKeys % 16 == 0 && kWarpValue % 16 == 0 && kKeyDim % 32 == 0);
   static_assert(kMmaKeys == 1 || kMmaKeys == 2);
 };
 
@@ -137,21 +137,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) decode(con
   const uint32_t begin = min(blockIdx.y * chunk, visible);
   const uint32_t end = min(begin + chunk, visible);
   const uint32_t tiles = (end - begin + Tile::kKeys - 1) / Tile::kKeys;
-  const uint64_t begin_row = sequence.first_row + begin;
-  const __nv_bfloat16* k_rows = args.keys + begin_row * args.key_stride + kv_head * args.key_dim;
-  const __nv_bfloat16* v_rows = args.values + begin_row * args.value_stride + kv_head * args.value_dim;
+  // Of the tile that is copied next.
+  uint32_t block = tiles > 0 ? sequence.block(args, begin) : 0;
   const auto copy_tile = [&](uint32_t tile) {
-    const uint32_t skipped = tile * Tile::kKeys;
+    const uint32_t first = begin + tile * Tile::kKeys;
+    const uint64_t row = cache_row(args, block, first);
     const uint32_t stage = tile % 2 * Tile::kStageBytes;
-    Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(shared_k + stage, end - begin - skipped, args.key_dim,
-                                                          k_rows + static_cast<uint64_t>(skipped) * args.key_stride,
+    Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(shared_k + stage, end - first, args.key_dim,
+                                                          args.keys + row * args.key_stride + kv_head * args.key_dim,
                                                           args.key_stride);
     if constexpr (!Tile::kShared) {
       Tile::Value::template copy<Tile::kKeys, Tile::kThreads>(
-          shared_v + stage, end - begin - skipped, args.value_dim,
-          v_rows + static_cast<uint64_t>(skipped) * args.value_stride, args.value_stride);
+          shared_v + stage, end - first, args.value_dim,
+          args.values + row * args.value_stride + kv_head * args.value_dim, args.value_stride);
     }
     ptx::cp_async_commit();
+    if (tile + 1 < tiles) block = sequence.block(args, first + Tile::kKeys);
   };
 
   const auto output_row = [&](uint32_t row) {

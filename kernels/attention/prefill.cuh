@@ -37,7 +37,7 @@ struct PrefillTile {
   static constexpr uint32_t kQueryBytes = kRows * Key::kBytes;
   static constexpr uint32_t kKeyBytes = kKeys * Key::kBytes;
   static constexpr uint32_t kSharedBytes = kQueryBytes + kKeyBytes + kKeys * Value::kBytes;
-  static_assert(kKeyDim % 16 == 0 && kValueDim % 16 == 0);
+  static_assert(kKeyDim % 16 == 0 && kValueDim % 16 == 0 && kLeastBlock % kKeys == 0);
 };
 
 template <class Tile>
@@ -166,19 +166,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) prefill(co
   const uint32_t last_query = min(first_query + Tile::kRows, sequence.queries) - 1;
   const uint32_t keys = static_cast<uint32_t>(max(sequence.visible(last_query), 0));
   const uint32_t kv_head = head / args.group;
-  const uint32_t cache_row = static_cast<uint32_t>(sequence.first_row);
+  // Of the tile whose keys were copied last, then of the one whose keys are copied next.
+  uint32_t block = keys > 0 ? sequence.block(args, 0) : 0;
   const auto copy_keys = [&](uint32_t first) {
-    const uint64_t row = cache_row + first;
+    const uint64_t row = cache_row(args, block, first);
     const __nv_bfloat16* from = args.keys + row * args.key_stride + kv_head * args.key_dim;
     Tile::Key::template copy<Tile::kKeys, Tile::kThreads>(shared_k, keys - first, args.key_dim, from, args.key_stride);
     ptx::cp_async_commit();
   };
   const auto copy_values = [&](uint32_t first) {
-    const uint64_t row = cache_row + first;
+    const uint64_t row = cache_row(args, block, first);
     const __nv_bfloat16* from = args.values + row * args.value_stride + kv_head * args.value_dim;
     Tile::Value::template copy<Tile::kKeys, Tile::kThreads>(shared_v, keys - first, args.value_dim, from,
                                                             args.value_stride);
     ptx::cp_async_commit();
+    if (first + Tile::kKeys < keys) block = sequence.block(args, first + Tile::kKeys);
   };
 
   const uint64_t first_token = sequence.first_token + first_query;

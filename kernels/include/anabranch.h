@@ -447,8 +447,10 @@ AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params,
 // Causal attention of the newest tokens of several sequences over a cache of keys and values.
 //
 // Sequence b has the tokens q_offsets[b] to q_offsets[b + 1] - 1 of q, T_b of them, which are its last ones, and
-// kv_lengths[b] = S_b keys, those of these tokens included. Position s lies in row kv_rows[b] + s of the cache. Query i
-// sees positions 0 to S_b - T_b + i. Query head h reads key head h * num_kv_heads / num_heads.
+// kv_lengths[b] = S_b keys, those of these tokens included. The cache is made of blocks, and a sequence has a table of
+// those that are its own: position s lies in block block_table[table_starts[b] + s / block_size], in row s %
+// block_size. Sequences may share blocks; a sequence whose rows all follow each other is one block. Query i sees
+// positions 0 to S_b - T_b + i. Query head h reads key head h * num_kv_heads / num_heads.
 typedef struct AnabranchAttentionParams {
   // T, rows of q and out; T * num_heads is below 2^31.
   uint64_t num_tokens;
@@ -470,11 +472,14 @@ typedef struct AnabranchAttentionParams {
   uint32_t max_kv_len;
   // [T, num_heads * key_dim] bf16, rotated; aligned to 16.
   const void* q;
-  // cache_rows rows of bf16, aligned to 16, of which the first num_kv_heads * key_dim (value_dim) elements are read.
-  // One cache may be both, as latent attention has it.
+  // num_blocks blocks of block_size rows of bf16, aligned to 16, of which the first num_kv_heads * key_dim (value_dim)
+  // elements are read. One cache may be both, as latent attention has it.
   const void* keys;
   const void* values;
-  uint64_t cache_rows;
+  // num_blocks * block_size is below 2^31.
+  uint64_t num_blocks;
+  // A power of two, at least 64.
+  uint64_t block_size;
   // Elements from a row to the next: multiples of 8 below 2^31.
   uint64_t key_stride;
   uint64_t value_stride;
@@ -482,8 +487,11 @@ typedef struct AnabranchAttentionParams {
   const uint32_t* q_offsets;
   // [B]; a row that sees no key is NaN.
   const uint32_t* kv_lengths;
-  // [B]
-  const uint32_t* kv_rows;
+  // [table_len], below 2^31: the tables of all sequences. What lies past the tables is not read.
+  const uint32_t* block_table;
+  uint64_t table_len;
+  // [B]: where each sequence's table begins. A table that passes table_len ends there, and its sequence with it.
+  const uint32_t* table_starts;
   // [T, num_heads * value_dim] bf16, aligned to 16.
   void* out;
   // Aligned to 16.

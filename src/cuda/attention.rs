@@ -11,16 +11,21 @@ use crate::{Error, Result, reference::AttentionShape};
 
 const OPERATION: &str = "attention";
 
-/// Which tokens belong to which sequence, and where its keys lie. The numbers are on the GPU, so that a captured call serves
-/// other lengths. Numbers that contradict each other give wrong values, but nothing outside of the buffers is touched.
+/// Which tokens belong to which sequence, and where its keys lie: in blocks of the cache, which its table names in order
+/// (`PagedAttention`, arXiv 2309.06180). The numbers are on the GPU, so that a captured call serves other lengths and tables. Numbers that
+/// contradict each other give wrong values, but nothing outside of the buffers is touched.
 #[derive(Debug)]
 pub struct AttentionBatch<'a> {
     /// `[B + 1]`, ascending from 0 to `T`: sequence `b` has tokens `q_offsets[b]..q_offsets[b + 1]`, its last ones.
     pub q_offsets: View<'a, u32>,
     /// `[B]`: keys of each sequence, those of its tokens here included. A token that sees no key becomes NaN.
     pub kv_lengths: View<'a, u32>,
-    /// `[B]`: the cache's row of each sequence's position 0; the next positions follow.
-    pub kv_rows: View<'a, u32>,
+    /// The tables of all sequences, in a buffer of any length; what lies past them is not read. Sequences may share blocks.
+    pub block_table: View<'a, u32>,
+    /// `[B]`: where each sequence's table begins: position `s` lies in block `block_table[table_starts[b] + s / block_size]`.
+    pub table_starts: View<'a, u32>,
+    /// Rows of a block: a power of two, at least 64. A sequence whose rows follow each other is one block of as many.
+    pub block_size: usize,
     /// The most tokens of a sequence; those past it are not computed.
     pub max_q_len: usize,
     /// The most keys of a sequence. It decides how the work is split, so that a bound far above the lengths costs time, one below
@@ -33,7 +38,7 @@ pub struct AttentionBatch<'a> {
 pub struct AttentionInput<'a> {
     /// `[T, num_heads * key_dim]`, rotated.
     pub q: View<'a, bf16>,
-    /// `[rows, at least num_kv_heads * key_dim]`: a row a position, of which the first elements are read.
+    /// `[rows, at least num_kv_heads * key_dim]`: blocks of `block_size` rows, a row a position, of which the first elements are read.
     pub keys: View<'a, bf16>,
     /// `[rows, at least num_kv_heads * value_dim]`; absent where there is one key head and a value is the first `value_dim`
     /// elements of the same row, as in the cache of latent attention.
@@ -88,7 +93,8 @@ pub fn attention_into(
         launch.read("values", input.values.as_ref().unwrap_or(&input.keys), [sizes.rows, sizes.value_stride])?;
     let q_offsets = launch.read("q_offsets", &batch.q_offsets, [sizes.sequences + 1])?;
     let kv_lengths = launch.read("kv_lengths", &batch.kv_lengths, [sizes.sequences])?;
-    let kv_rows = launch.read("kv_rows", &batch.kv_rows, [sizes.sequences])?;
+    let block_table = launch.read("block_table", &batch.block_table, [sizes.table_len])?;
+    let table_starts = launch.read("table_starts", &batch.table_starts, [sizes.sequences])?;
     let workspace_bytes = workspace.shape().len();
     let workspace = launch.workspace(workspace, needed)?;
     let out = launch.write("out", out, [sizes.tokens, shape.num_heads * shape.value_dim])?;
@@ -98,7 +104,8 @@ pub fn attention_into(
         values: values.pointer.cast(),
         q_offsets: q_offsets.pointer,
         kv_lengths: kv_lengths.pointer,
-        kv_rows: kv_rows.pointer,
+        block_table: block_table.pointer,
+        table_starts: table_starts.pointer,
         out: out.pointer.cast(),
         workspace: if needed > 0 { workspace.pointer.cast() } else { std::ptr::null_mut() },
         workspace_bytes: workspace_bytes as u64,
@@ -129,6 +136,8 @@ struct Sizes {
     tokens: usize,
     sequences: usize,
     rows: usize,
+    block_size: usize,
+    table_len: usize,
     key_stride: usize,
     value_stride: usize,
     shape: AttentionShape,
@@ -169,24 +178,25 @@ impl Sizes {
         check(held, "cache rows", "wide enough for all heads", || {
             format!("{key_stride} and {value_stride} for {num_kv_heads} heads of {key_dim} and {value_dim}")
         })?;
+        let block_size = batch.block_size;
+        check(block_size >= 64 && block_size.is_power_of_two(), "block_size", "a power of two, at least 64", || {
+            block_size.to_string()
+        })?;
+        check(rows.is_multiple_of(block_size), "cache rows", &format!("whole blocks of {block_size}"), || {
+            rows.to_string()
+        })?;
         let scaled = shape.scale > 0.0 && shape.scale.is_finite();
         check(scaled, "scale", "positive and finite", || shape.scale.to_string())?;
         // Kernels count these in 31 bits.
         let most = 1_usize << 31;
         let slots = tokens.saturating_mul(num_heads);
         let sequences = batch.kv_lengths.shape().len();
-        let counts = [slots, rows, key_stride, value_stride, num_heads, sequences, batch.max_q_len, batch.max_kv_len];
-        let largest = counts.into_iter().max().unwrap_or(0);
+        let table_len = batch.block_table.shape().len();
+        let bounds = [batch.max_q_len, batch.max_kv_len];
+        let counts = [slots, rows, block_size, table_len, key_stride, value_stride, num_heads, sequences];
+        let largest = counts.into_iter().chain(bounds).max().unwrap_or(0);
         check(largest < most, "sizes", "below 2^31", || largest.to_string())?;
-        Ok(Self {
-            tokens,
-            sequences,
-            rows,
-            key_stride,
-            value_stride,
-            shape: *shape,
-            bounds: [batch.max_q_len, batch.max_kv_len],
-        })
+        Ok(Self { tokens, sequences, rows, block_size, table_len, key_stride, value_stride, shape: *shape, bounds })
     }
 
     /// The header's struct without pointers.
@@ -204,12 +214,15 @@ impl Sizes {
             q: std::ptr::null(),
             keys: std::ptr::null(),
             values: std::ptr::null(),
-            cache_rows: self.rows as u64,
+            num_blocks: (self.rows / self.block_size) as u64,
+            block_size: self.block_size as u64,
             key_stride: self.key_stride as u64,
             value_stride: self.value_stride as u64,
             q_offsets: std::ptr::null(),
             kv_lengths: std::ptr::null(),
-            kv_rows: std::ptr::null(),
+            block_table: std::ptr::null(),
+            table_len: self.table_len as u64,
+            table_starts: std::ptr::null(),
             out: std::ptr::null_mut(),
             workspace: std::ptr::null_mut(),
             workspace_bytes: 0,

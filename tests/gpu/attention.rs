@@ -28,7 +28,9 @@ struct Inputs {
     values: Option<Guarded<bf16>>,
     q_offsets: Guarded<u32>,
     kv_lengths: Guarded<u32>,
-    kv_rows: Guarded<u32>,
+    block_table: Guarded<u32>,
+    table_starts: Guarded<u32>,
+    block_size: usize,
 }
 
 impl Inputs {
@@ -44,7 +46,9 @@ impl Inputs {
             values: (!case.latent).then(|| matrix(data.rows, data.strides[1], &data.values)),
             q_offsets: numbers(&data.q_offsets),
             kv_lengths: numbers(&data.kv_lengths),
-            kv_rows: numbers(&data.kv_rows),
+            block_table: numbers(&data.block_table),
+            table_starts: numbers(&data.table_starts),
+            block_size: case.block_size,
         }
     }
 
@@ -56,7 +60,9 @@ impl Inputs {
             batch: AttentionBatch {
                 q_offsets: self.q_offsets.view(),
                 kv_lengths: self.kv_lengths.view(),
-                kv_rows: self.kv_rows.view(),
+                block_table: self.block_table.view(),
+                table_starts: self.table_starts.view(),
+                block_size: self.block_size,
                 max_q_len: self.bounds[0],
                 max_kv_len: self.bounds[1],
             },
@@ -141,7 +147,7 @@ fn heads(num_heads: usize, num_kv_heads: usize, key_dim: usize, value_dim: usize
 }
 
 fn plain(shape: AttentionShape, latent: bool, lengths: &[(usize, usize)]) -> Case {
-    Case { shape, latent, lengths: lengths.to_vec(), slack: [0, 0], padding: 0, gain: 1.0, seed: 11 }
+    Case { shape, latent, lengths: lengths.to_vec(), slack: [0, 0], block_size: 64, padding: 0, gain: 1.0, seed: 11 }
 }
 
 #[test]
@@ -183,6 +189,53 @@ fn bounds_far_above_the_lengths() {
     });
 }
 
+/// Where a sequence's blocks lie, and how large they are, changes no bit; nor does sharing them.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn tables_decide_where_keys_are_read_and_nothing_else() {
+    on_gpu(|stream| {
+        for (shape, latent, tokens) in [
+            (heads(8, 2, 128, 128), false, 1),
+            (heads(8, 2, 128, 128), false, 150),
+            (heads(16, 1, 576, 512), true, 1),
+            (heads(64, 1, 576, 512), true, 9),
+        ] {
+            let small = plain(shape, latent, &[(tokens, 1000)]);
+            let data = small.data();
+            let expected = bits(&attend(stream, &small, &data));
+
+            // One block that holds everything.
+            let large = Case { block_size: 1024, ..small.clone() };
+            let table = &data.block_table[data.table_starts[0] as usize..][..1000_usize.div_ceil(64)];
+            let whole = |cache: &[bf16], stride: usize| {
+                let mut rows = Vec::new();
+                table
+                    .iter()
+                    .for_each(|block| rows.extend_from_slice(&cache[*block as usize * 64 * stride..][..64 * stride]));
+                rows
+            };
+            let [key_stride, value_stride] = data.strides;
+            let values = if latent { Vec::new() } else { whole(&data.values, value_stride) };
+            let keys = whole(&data.keys, key_stride);
+            let moved = Data { keys, values, rows: 1024, block_table: vec![0], table_starts: vec![0], ..small.data() };
+            assert_eq!(bits(&attend(stream, &large, &moved)), expected, "{shape:?}");
+
+            // Two sequences over the same blocks.
+            let twice = plain(shape, latent, &[(tokens, 1000), (tokens, 1000)]);
+            let shared = Data {
+                q: data.q.repeat(2),
+                q_offsets: vec![0, tokens as u32, 2 * tokens as u32],
+                kv_lengths: vec![1000; 2],
+                table_starts: vec![data.table_starts[0]; 2],
+                ..small.data()
+            };
+            let both = bits(&attend(stream, &twice, &shared));
+            let (first, second) = both.split_at(both.len() / 2);
+            assert_eq!(first, second, "{shape:?}");
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs a CUDA GPU"]
 fn no_tokens_write_nothing() {
@@ -205,8 +258,8 @@ fn a_nan_stays_in_its_sequence() {
             let case = plain(shape, latent, lengths);
             let clean = case.data();
             let mut dirty = case.data();
-            let first = dirty.kv_rows[1] as usize;
-            dirty.keys[first * dirty.strides[0]] = bf16::NAN;
+            let first = dirty.block_table[dirty.table_starts[1] as usize] as usize;
+            dirty.keys[first * case.block_size * dirty.strides[0]] = bf16::NAN;
             let width = shape.num_heads * shape.value_dim;
             let [clean, dirty] = [&clean, &dirty].map(|data| attend(stream, &case, data));
             let middle = lengths[0].0 * width..(lengths[0].0 + lengths[1].0) * width;
@@ -239,7 +292,7 @@ fn a_token_without_keys_is_nan() {
     });
 }
 
-/// Lengths and rows that lie are cut to the buffers: nothing is read or written outside.
+/// Lengths and tables that lie are cut to the buffers: nothing is read or written outside.
 #[test]
 #[ignore = "needs a CUDA GPU"]
 fn numbers_out_of_range_stay_inside() {
@@ -248,9 +301,12 @@ fn numbers_out_of_range_stay_inside() {
             let case = plain(heads(4, 2, 128, 128), false, lengths);
             let mut data = case.data();
             data.kv_lengths = vec![u32::MAX, 1 << 30];
-            data.kv_rows[1] = u32::MAX;
             data.q_offsets[2] = u32::MAX;
-            attend(stream, &case, &data);
+            for start in [u32::MAX, 1] {
+                data.table_starts[1] = start;
+                data.block_table.fill(u32::MAX);
+                attend(stream, &case, &data);
+            }
         }
     });
 }
@@ -258,7 +314,7 @@ fn numbers_out_of_range_stay_inside() {
 /// Anything that waits for the stream or allocates on the side would break the capture.
 #[test]
 #[ignore = "needs a CUDA GPU"]
-fn is_captured_in_a_graph_and_replayed_with_other_lengths() {
+fn is_captured_in_a_graph_and_replayed_with_other_lengths_and_tables() {
     on_gpu(|stream| {
         for (shape, tokens) in [(heads(8, 2, 128, 128), 1), (heads(8, 2, 128, 128), 130)] {
             let case = |keys: [usize; 2], seed| Case { seed, ..plain(shape, false, &keys.map(|keys| (tokens, keys))) };
@@ -275,9 +331,11 @@ fn is_captured_in_a_graph_and_replayed_with_other_lengths() {
 
             graph.launch().unwrap();
             compare(&shape, &call.read(stream), &long.expected(&data)).unwrap();
-            // The same cache, of which less is used.
-            let fewer = Data { kv_lengths: vec![200, 131], ..long.data() };
+            // The same cache, of which less is used, and by the other sequence.
+            let table_starts: Vec<u32> = data.table_starts.iter().rev().copied().collect();
+            let fewer = Data { kv_lengths: vec![200, 131], table_starts, ..long.data() };
             call.inputs.kv_lengths.fill(stream, &fewer.kv_lengths);
+            call.inputs.table_starts.fill(stream, &fewer.table_starts);
             graph.launch().unwrap();
             let expected = Case { lengths: short.lengths, ..long }.expected(&fewer);
             compare(&shape, &call.read(stream), &expected).unwrap();
@@ -331,9 +389,21 @@ fn bad_calls_are_refused_before_anything_is_launched() {
             refused(shape, &AttentionInput { values: None, ..inputs.views() }),
             "attention: key heads must be 1 where there are no values but the keys, got 2"
         );
+        let sized = |block_size| {
+            let input = inputs.views();
+            AttentionInput { batch: AttentionBatch { block_size, ..input.batch }, ..input }
+        };
+        for wrong in [0, 32, 96] {
+            assert_eq!(
+                refused(shape, &sized(wrong)),
+                format!("attention: block_size must be a power of two, at least 64, got {wrong}")
+            );
+        }
+        assert_eq!(refused(shape, &sized(128)), "attention: cache rows must be whole blocks of 128, got 192");
         let wide = plain(heads(1, 1, 256, 256), false, &[(1, 4)]);
-        let keys = stream.zeros::<bf16>([8, 256]).unwrap();
-        let input = AttentionInput { q: keys.view(), keys: keys.view(), values: Some(keys.view()), ..inputs.views() };
+        let keys = stream.zeros::<bf16>([64, 256]).unwrap();
+        let q = stream.zeros::<bf16>([2, 256]).unwrap();
+        let input = AttentionInput { q: q.view(), keys: keys.view(), values: Some(keys.view()), ..inputs.views() };
         assert_eq!(
             refused(wide.shape, &input),
             "attention: the kernel was not launched: there is no kernel for this data type, shape or architecture"

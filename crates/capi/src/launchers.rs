@@ -120,7 +120,7 @@ launcher!(
 );
 launcher!(
     anabranch_attention(AnabranchAttentionParams),
-    needs [q: 16, keys: 16, values: 16, q_offsets: 4, kv_lengths: 4, kv_rows: 4, out: 16],
+    needs [q: 16, keys: 16, values: 16, q_offsets: 4, kv_lengths: 4, block_table: 4, table_starts: 4, out: 16],
     may [workspace: 16]
 );
 launcher!(anabranch_random(AnabranchRandomParams), needs [out: 16], may []);

@@ -7,10 +7,11 @@ use crate::{
 
 /// Consecutive tokens of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// The cache's slot.
-    pub sequence: usize,
-    /// Position of the first token. Whatever the cache holds from here on is overwritten.
+pub struct Segment<'a> {
+    /// The sequence's blocks in the cache, in order: position `p` lies in block `blocks[p / BLOCK_SIZE]`, row `p % BLOCK_SIZE`
+    /// ([`BLOCK_SIZE`](crate::BLOCK_SIZE)). Blocks before the first token are only read, so that sequences may share them.
+    pub blocks: &'a [u32],
+    /// Position of the first token. Whatever its blocks hold from here on is overwritten.
     pub position: usize,
     /// Number of tokens.
     pub len: usize,
@@ -22,7 +23,7 @@ pub struct Batch<'a> {
     /// Token ids of all segments.
     pub ids: &'a [u32],
     /// Whose they are.
-    pub segments: &'a [Segment],
+    pub segments: &'a [Segment<'a>],
 }
 
 /// The experts that a router chose: `[T, K]` ids, -1 where a slot is unused.
@@ -69,7 +70,7 @@ pub trait Backend {
     type Attention;
     /// The weights of one feed-forward part.
     type FeedForward;
-    /// Keys and values of all layers and sequences, with the activations of the pass under way.
+    /// Keys and values of all layers, in blocks, with the activations of the pass under way.
     type Cache;
 
     /// Told before anything is loaded: the place to refuse a model that does not fit.
@@ -98,16 +99,16 @@ pub trait Backend {
     /// See [`Backend::load_table`].
     fn load_feed_forward(&self, config: &Config, weights: FeedForwardWeights) -> Result<Self::FeedForward>;
 
-    /// Makes a cache with one slot for each sequence; the slot holds that many tokens.
+    /// Makes a cache of so many blocks of [`BLOCK_SIZE`](crate::BLOCK_SIZE) tokens.
     ///
     /// # Errors
     /// If there is not enough memory.
-    fn cache(&self, config: &Config, capacities: &[usize]) -> Result<Self::Cache>;
+    fn cache(&self, config: &Config, blocks: usize) -> Result<Self::Cache>;
 
     /// Begins a pass over a batch whose lengths agree: `x = table[ids]`.
     ///
     /// # Errors
-    /// If a segment does not continue what its slot holds or passes the slot's capacity.
+    /// If a segment does not continue what its blocks hold or passes their end, or two write to the same block.
     fn embed(&self, config: &Config, table: &Self::Table, batch: &Batch<'_>, cache: &mut Self::Cache) -> Result<()>;
     /// `x += attention(norm(x))` in layer `layer`: norm, projections, rotation, cache write, attention, output projection.
     ///

@@ -13,6 +13,8 @@
 //!     seed: 0,
 //!     stop: Vec::new(),
 //!     eos: model.config().eos_token_ids.clone(),
+//!     batch_size: 8,
+//!     cache_tokens: None,
 //! };
 //! let prompts = [tokenizer.encode("A mixture of experts")?];
 //! let mut print = |_: usize, piece: &str| {
@@ -27,12 +29,14 @@
 
 pub mod analysis;
 mod backend;
+mod blocks;
 mod chat;
 pub mod checkpoint;
 pub mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod engine;
 mod error;
 mod families;
 mod generate;
@@ -46,14 +50,16 @@ mod tokenizer;
 pub mod weights;
 
 pub use backend::{Backend, Batch, Routed, Segment, TopkIds};
+pub use blocks::{BLOCK_SIZE, blocks_for};
 pub use chat::{ChatTemplate, Message, Reply, SpecialTokens};
 pub use checkpoint::{Checkpoint, Tensor, TensorFile};
 pub use config::Config;
 pub use cpu::{Cpu, CpuAttention, CpuCache, CpuTensor};
 #[cfg(feature = "cuda")]
 pub use cuda::{Cuda, CudaAttention, CudaCache, CudaFeedForward, CudaHidden, CudaNorm, CudaTable, GpuUsage};
+pub use engine::{Engine, Event, Finish, Forward, Limits, Request, RequestId, Step};
 pub use error::{Error, Result};
-pub use generate::{Finish, Forward, GenerateOptions, Generated, Generation, Stats, generate};
+pub use generate::{GenerateOptions, Generated, Generation, Stats, generate};
 pub use model::{GivenRouting, Model, Observer, Session};
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;

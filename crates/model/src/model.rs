@@ -111,23 +111,20 @@ impl<B: Backend> Model<B> {
         &self.backend
     }
 
-    /// A cache with one slot for each sequence; slot `i` holds `capacities[i]` tokens.
+    /// A cache of so many blocks of [`BLOCK_SIZE`](crate::BLOCK_SIZE) tokens, which sequences share as their tables say.
     ///
     /// # Errors
-    /// If a capacity is beyond the model's longest sequence, or there is not enough memory.
-    pub fn cache(&self, capacities: &[usize]) -> Result<B::Cache> {
-        let most = self.config.max_position_embeddings;
-        if let Some(capacity) = capacities.iter().find(|capacity| **capacity > most) {
-            return Err(Error::Input(format!("a sequence of {capacity} tokens is longer than the model's {most}")));
-        }
-        self.backend.cache(&self.config, capacities)
+    /// If there is not enough memory.
+    pub fn cache(&self, blocks: usize) -> Result<B::Cache> {
+        self.backend.cache(&self.config, blocks)
     }
 
-    /// Runs tokens through all blocks: hidden states `[tokens, d]` after the final norm. Keys and values are appended to the
+    /// Runs tokens through all layers: hidden states `[tokens, d]` after the final norm. Keys and values are appended to the
     /// cache; prefill and decoding differ only in the segments' lengths.
     ///
     /// # Errors
-    /// If an id is not in the vocabulary, the segments do not add up to the ids, or a segment does not continue its slot.
+    /// If an id is not in the vocabulary, the segments do not add up to the ids, or a segment does not continue what its blocks hold,
+    /// passes their end or the model's positions.
     pub fn forward(
         &self,
         batch: &Batch<'_>,
@@ -186,9 +183,14 @@ impl<B: Backend> Model<B> {
     /// Refuses ids that are not the model's, lengths that do not agree, and a given routing that is not its layer's.
     fn check(&self, batch: &Batch<'_>, routing: &GivenRouting) -> Result<()> {
         let config = &self.config;
-        let tokens: usize = batch.segments.iter().map(|segment| segment.len).sum();
+        let tokens = batch.segments.iter().fold(0_usize, |sum, segment| sum.saturating_add(segment.len));
         if tokens != batch.ids.len() {
             return Err(Error::Input(format!("{} token ids were given for segments of {tokens}", batch.ids.len())));
+        }
+        let most = config.max_position_embeddings;
+        let ends = batch.segments.iter().map(|segment| segment.position.saturating_add(segment.len));
+        if let Some(end) = ends.max().filter(|end| *end > most) {
+            return Err(Error::Input(format!("a sequence of {end} tokens is longer than the model's {most}")));
         }
         let vocab = config.vocab_size;
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= vocab) {
@@ -226,19 +228,19 @@ impl<B: Backend> Model<B> {
     }
 }
 
-/// A model with a cache of its own: what [`crate::generate`] runs.
+/// A model with a cache of its own: what an [`Engine`](crate::Engine) runs.
 pub struct Session<'a, B: Backend = Cpu> {
     model: &'a Model<B>,
     cache: B::Cache,
 }
 
 impl<'a, B: Backend> Session<'a, B> {
-    /// A session without sequences.
+    /// A session whose cache holds nothing yet.
     ///
     /// # Errors
     /// If the backend cannot make a cache.
     pub fn new(model: &'a Model<B>) -> Result<Self> {
-        Ok(Self { model, cache: model.cache(&[])? })
+        Ok(Self { model, cache: model.cache(0)? })
     }
 }
 
@@ -251,8 +253,8 @@ impl<B: Backend> Forward for Session<'_, B> {
         self.model.config.max_position_embeddings
     }
 
-    fn reset(&mut self, capacities: &[usize]) -> Result<()> {
-        self.cache = self.model.cache(capacities)?;
+    fn reset(&mut self, blocks: usize) -> Result<()> {
+        self.cache = self.model.cache(blocks)?;
         Ok(())
     }
 

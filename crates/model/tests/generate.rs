@@ -1,87 +1,30 @@
 //! Generation over a model whose next token is a function of the sequence alone.
 
+#[path = "common/fake.rs"]
+mod fake;
+
 use std::{cell::Cell, path::Path};
 
 use anabranch::Sampling;
 use anabranch_model::{Batch, Error, Finish, Forward, GenerateOptions, Generated, Result, Tokenizer, generate};
+use fake::{Fake, VOCAB_SIZE};
 
 const LLAMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/models/llama");
-const VOCAB_SIZE: usize = 512;
 
 fn tokenizer() -> Tokenizer {
     Tokenizer::from_dir(Path::new(LLAMA)).expect("the bundled tokenizer")
 }
 
-/// Logits are a hash of all ids so far, or a script's next token is certain. Checks that every token comes once and in order.
-struct Fake {
-    max_position_embeddings: usize,
-    script: Vec<u32>,
-    capacities: Vec<usize>,
-    sequences: Vec<Vec<u32>>,
-    passes: Vec<Vec<usize>>,
-}
-
-impl Fake {
-    fn hashing(max_position_embeddings: usize) -> Self {
-        Self { max_position_embeddings, script: vec![], capacities: vec![], sequences: vec![], passes: vec![] }
-    }
-
-    /// After a prompt of one token, says these.
-    fn saying(script: Vec<u32>) -> Self {
-        Self { script, ..Self::hashing(4096) }
-    }
-
-    fn row(&self, ids: &[u32]) -> Vec<f32> {
-        if let Some(&next) = self.script.get(ids.len() - 1) {
-            return (0..VOCAB_SIZE).map(|id| if id == next as usize { 20.0 } else { 0.0 }).collect();
-        }
-        let mut hash =
-            ids.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, &id| (hash ^ u64::from(id)).wrapping_mul(0x100_0000_01b3));
-        let mut next = || {
-            hash = hash.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (hash >> 40) as f32 / (1u64 << 24) as f32 * 8.0 - 4.0
-        };
-        (0..VOCAB_SIZE).map(|_| next()).collect()
-    }
-}
-
-impl Forward for Fake {
-    fn vocab_size(&self) -> usize {
-        VOCAB_SIZE
-    }
-
-    fn max_position_embeddings(&self) -> usize {
-        self.max_position_embeddings
-    }
-
-    fn reset(&mut self, capacities: &[usize]) -> Result<()> {
-        self.capacities = capacities.to_vec();
-        self.sequences = vec![Vec::new(); capacities.len()];
-        Ok(())
-    }
-
-    fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
-        let mut logits = Vec::new();
-        let mut rest = batch.ids;
-        for segment in batch.segments {
-            let (ids, after) = rest.split_at(segment.len);
-            rest = after;
-            let sequence = &mut self.sequences[segment.sequence];
-            assert_eq!(sequence.len(), segment.position);
-            // Where a prompt is cut must not depend on the others, or rounding would.
-            assert!(segment.len == 1 || segment.position.is_multiple_of(512));
-            sequence.extend_from_slice(ids);
-            assert!(sequence.len() <= self.capacities[segment.sequence]);
-            logits.extend(self.row(&self.sequences[segment.sequence]));
-        }
-        assert!(rest.is_empty());
-        self.passes.push(batch.segments.iter().map(|segment| segment.len).collect());
-        Ok(logits)
-    }
-}
-
 fn options(max_new_tokens: usize, sampling: Sampling) -> GenerateOptions {
-    GenerateOptions { max_new_tokens, sampling, seed: 7, stop: vec![], eos: vec![1] }
+    GenerateOptions {
+        max_new_tokens,
+        sampling,
+        seed: 7,
+        stop: vec![],
+        eos: vec![1],
+        batch_size: 64,
+        cache_tokens: None,
+    }
 }
 
 fn sampling() -> Sampling {
@@ -103,7 +46,7 @@ fn run(model: &mut Fake, prompts: &[Vec<u32>], options: &GenerateOptions) -> Res
 }
 
 fn prompts() -> Vec<Vec<u32>> {
-    [3usize, 1, 4000, 17, 2500, 512, 9]
+    [3usize, 1, 4000, 17, 2600, 512, 9]
         .iter()
         .map(|&len| (0..len).map(|at| (at * 31 + len) as u32 % 500 + 2).collect())
         .collect()
@@ -124,6 +67,30 @@ fn a_batch_gives_what_each_prompt_gives_alone() {
         assert_eq!(together.stats.prompt_tokens, prompts().iter().map(Vec::len).sum::<usize>());
         assert_eq!(together.stats.new_tokens, together.sequences.iter().map(|s| s.ids.len()).sum::<usize>());
         assert_eq!(together.stats.decoded_tokens, together.stats.new_tokens - 7);
+    }
+}
+
+/// Many prompts with room for few: what waits, or gives its blocks back and comes again, gets what it would have got.
+#[test]
+fn a_small_cache_makes_prompts_wait_and_changes_nothing() {
+    for sampling in [Sampling::greedy(), sampling()] {
+        let prompts: Vec<Vec<u32>> = (1..60).map(|len| vec![len % 500 + 2; len as usize * 3]).collect();
+        let roomy = GenerateOptions { batch_size: 64, ..options(150, sampling) };
+        let expected = run(&mut Fake::hashing(8192), &prompts, &roomy).unwrap();
+        for (batch_size, cache_tokens, blocks) in [(64, Some(700), 11), (3, None, 6 + 6 + 5), (1, Some(400), 6)] {
+            let mut model = Fake::hashing(8192);
+            let tight = GenerateOptions { batch_size, cache_tokens, ..roomy.clone() };
+            assert_eq!(run(&mut model, &prompts, &tight).unwrap().sequences, expected.sequences);
+            assert!(model.passes.iter().all(|pass| pass.len() <= batch_size));
+            // The longest are of 177 + 150 tokens, the last of which is not computed: 6 blocks.
+            assert_eq!(model.blocks, Some(blocks));
+        }
+        let small = GenerateOptions { cache_tokens: Some(300), ..roomy };
+        let error = run(&mut Fake::hashing(8192), &prompts, &small).unwrap_err().to_string();
+        assert!(
+            error.starts_with("a prompt of 174 tokens with its output may need 323 tokens of cache, which holds 320"),
+            "{error}"
+        );
     }
 }
 
@@ -158,8 +125,12 @@ fn seeds_are_reproducible_and_differ() {
 fn long_prompts_are_read_in_bounded_passes() {
     let mut model = Fake::hashing(8192);
     run(&mut model, &prompts(), &options(2, Sampling::greedy())).unwrap();
-    assert!(model.passes.iter().all(|pass| pass.iter().sum::<usize>() <= 512), "{:?}", model.passes);
-    assert_eq!(model.passes.iter().flatten().filter(|&&len| len == 1).count(), 1 + 7);
+    // At most 512 tokens of prompts, beside those that decode.
+    let pieces = |pass: &[(usize, usize)]| pass.iter().map(|(_, len)| len).filter(|len| **len > 1).sum::<usize>();
+    assert!(model.passes.iter().all(|pass| pieces(pass) <= 512), "{:?}", model.passes);
+    assert_eq!(model.passes.iter().flatten().filter(|(_, len)| *len == 1).count(), 1 + 7);
+    // Where a prompt is cut must not depend on the others, or rounding would.
+    assert!(model.passes.iter().flatten().all(|(position, len)| *len == 1 || position.is_multiple_of(512)));
 }
 
 #[test]
@@ -176,7 +147,7 @@ fn an_eos_token_ends_a_sequence_and_it_leaves_the_batch() {
         assert_eq!(first.ids, [text.as_slice(), &[1]].concat());
         assert_eq!(first.text, "good");
         assert_eq!(second.ids.len() + 1, first.ids.len());
-        assert_eq!(model.passes.last().unwrap(), &[1], "the first is alone in the end");
+        assert_eq!(model.passes.last().unwrap().len(), 1, "the first is alone in the end");
     }
 }
 
@@ -205,7 +176,7 @@ fn generation_stops_where_the_positions_end() {
     let generated = run(&mut model, &[vec![5; 15], vec![5; 19]], &options(usize::MAX, Sampling::greedy())).unwrap();
     let found: Vec<_> = generated.sequences.iter().map(|s| (s.ids.len(), s.finish)).collect();
     assert_eq!(found, [(5, Finish::Length), (1, Finish::Length)]);
-    assert_eq!(model.capacities, [20, 20]);
+    assert_eq!(model.blocks, Some(2));
 }
 
 #[test]
@@ -215,7 +186,7 @@ fn what_cannot_be_generated_from_is_refused_before_anything_is_computed() {
     let mut message = |prompts: &[Vec<u32>], options: &GenerateOptions| {
         let error = run(&mut model, prompts, options).unwrap_err();
         assert!(matches!(error, Error::Input(_)));
-        assert!(model.passes.is_empty() && model.capacities.is_empty());
+        assert!(model.passes.is_empty() && model.blocks.is_none());
         error.to_string()
     };
     assert_eq!(message(&[], &greedy), "there is no prompt: give at least one");
@@ -228,6 +199,8 @@ fn what_cannot_be_generated_from_is_refused_before_anything_is_computed() {
     let unknown = message(&[vec![3, 512]], &greedy);
     assert!(unknown.starts_with("prompt 0 holds the token id 512 at position 1, but the model's vocabulary has 512"));
     assert_eq!(message(&[vec![3]], &options(0, Sampling::greedy())), "max_new_tokens must be at least 1, got 0");
+    let none = GenerateOptions { batch_size: 0, ..greedy.clone() };
+    assert_eq!(message(&[vec![3]], &none), "batch_size must be at least 1, got 0");
     let stop = GenerateOptions { stop: vec![String::new()], ..greedy.clone() };
     assert!(message(&[vec![3]], &stop).contains("a stop string is empty"));
 }
@@ -280,7 +253,7 @@ fn logits_without_a_distribution_are_an_error() {
         fn max_position_embeddings(&self) -> usize {
             20
         }
-        fn reset(&mut self, _: &[usize]) -> Result<()> {
+        fn reset(&mut self, _: usize) -> Result<()> {
             Ok(())
         }
         fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
@@ -293,5 +266,5 @@ fn logits_without_a_distribution_are_an_error() {
         generate(&mut model, &tokenizer(), &[vec![9]], &greedy, &|| false, &mut |_, _| Ok(())).unwrap_err().to_string()
     };
     assert_eq!(run(Broken(f32::NAN)), "sampling: logits must be free of NaN and plus infinity, got NaN for token 0");
-    assert_eq!(run(Broken(0.0)), "generate: logits must be 1 rows of 512, got 0");
+    assert_eq!(run(Broken(0.0)), "engine: logits must be 1 rows of 512, got 0");
 }

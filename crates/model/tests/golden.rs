@@ -60,10 +60,17 @@ fn argmax(logits: &[f32]) -> u32 {
     (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best }) as u32
 }
 
+/// The tables of two sequences, each of which fits in a block.
+const TABLES: [[u32; 1]; 2] = [[1], [0]];
+
+/// Two sequences of `len` tokens from their beginning.
+fn halves(len: usize) -> [Segment<'static>; 2] {
+    TABLES.each_ref().map(|blocks| Segment { blocks, position: 0, len })
+}
+
 /// All rows' logits of one forward pass.
-fn logits(model: &Model, ids: &[u32], segments: &[Segment], observer: Option<&mut dyn Observer>) -> Vec<f32> {
-    let most = segments.iter().map(|segment| segment.sequence + 1).max().unwrap_or(0);
-    let mut cache = model.cache(&vec![64; most]).unwrap();
+fn logits(model: &Model, ids: &[u32], segments: &[Segment<'_>], observer: Option<&mut dyn Observer>) -> Vec<f32> {
+    let mut cache = model.cache(TABLES.len()).unwrap();
     let hidden = model.forward(&Batch { ids, segments }, &mut cache, observer).unwrap();
     model.logits(&hidden, &(0..ids.len()).collect::<Vec<_>>()).unwrap()
 }
@@ -73,7 +80,7 @@ fn check_forward(name: &str) {
     let (model, expected) = open(name);
     let ids = expected.tokens("input_ids");
     let len = ids.len() / 2;
-    let segments = [0, 1].map(|sequence| Segment { sequence, position: 0, len });
+    let segments = halves(len);
     let mut seen = Seen::default();
     let logits = logits(&model, &ids, &segments, Some(&mut seen));
     let off = difference(&logits, &expected.floats("logits"));
@@ -101,10 +108,10 @@ fn check_given_routing(name: &str) {
     let (topk, experts) = (moe.routing.topk(), moe.routing.num_experts() as i32);
     let ids = expected.tokens("input_ids");
     let len = ids.len() / 2;
-    let segments = [0, 1].map(|sequence| Segment { sequence, position: 0, len });
+    let segments = halves(len);
     let batch = Batch { ids: &ids, segments: &segments };
     let forward = |routing: &GivenRouting| {
-        let hidden = model.forward_with(&batch, &mut model.cache(&[len, len])?, None, routing)?;
+        let hidden = model.forward_with(&batch, &mut model.cache(TABLES.len())?, None, routing)?;
         model.logits(&hidden, &(0..ids.len()).collect::<Vec<_>>())
     };
     let layers = (0..model.config().layers.len()).map(|layer| (layer, format!("topk.{layer}")));
@@ -130,10 +137,10 @@ fn check_greedy(name: &str) {
     let (model, expected) = open(name);
     let greedy = expected.tokens("greedy");
     let mut tokens = greedy[..greedy.len() - 16].to_vec();
-    let mut cache = model.cache(&[greedy.len()]).unwrap();
+    let mut cache = model.cache(1).unwrap();
     let mut position = 0;
     while tokens.len() < greedy.len() {
-        let segments = [Segment { sequence: 0, position, len: tokens.len() - position }];
+        let segments = [Segment { blocks: &[0], position, len: tokens.len() - position }];
         let hidden = model.forward(&Batch { ids: &tokens[position..], segments: &segments }, &mut cache, None).unwrap();
         let last = segments[0].len - 1;
         position = tokens.len();
@@ -147,13 +154,16 @@ fn check_incremental(name: &str) {
     let (model, expected) = open(name);
     let ids = expected.tokens("input_ids");
     let (prompt, other) = ids.split_at(ids.len() / 2);
-    let one_pass = logits(&model, prompt, &[Segment { sequence: 0, position: 0, len: prompt.len() }], None);
+    let one_pass = logits(&model, prompt, &[Segment { blocks: &TABLES[0], position: 0, len: prompt.len() }], None);
     for pieces in [vec![1; 24], vec![5, 1, 11, 7]] {
-        let mut cache = model.cache(&[other.len(), prompt.len()]).unwrap();
+        let mut cache = model.cache(TABLES.len()).unwrap();
         let (mut position, mut pieced) = (0, Vec::new());
         for len in pieces {
             let beside = position.min(2);
-            let segments = [Segment { sequence: 0, position: beside, len: 2 }, Segment { sequence: 1, position, len }];
+            let segments = [
+                Segment { blocks: &TABLES[0], position: beside, len: 2 },
+                Segment { blocks: &TABLES[1], position, len },
+            ];
             let ids = [&other[beside..beside + 2], &prompt[position..position + len]].concat();
             let hidden = model.forward(&Batch { ids: &ids, segments: &segments }, &mut cache, None).unwrap();
             pieced.extend(model.logits(&hidden, &(2..2 + len).collect::<Vec<_>>()).unwrap());

@@ -27,9 +27,9 @@ fn logits(head: impl Fn(&[u8]) -> Vec<u8>, tied: bool) -> Vec<f32> {
     write_tensors(&dir.path().join("model.safetensors"), tensors, &[]).unwrap();
 
     let model = Model::load(dir.path(), Cpu, &mut |_, _| {}).unwrap();
-    let segments = [Segment { sequence: 0, position: 0, len: 2 }];
+    let segments = [Segment { blocks: &[0], position: 0, len: 2 }];
     let batch = Batch { ids: &[7, 11], segments: &segments };
-    let hidden = model.forward(&batch, &mut model.cache(&[2]).unwrap(), None).unwrap();
+    let hidden = model.forward(&batch, &mut model.cache(1).unwrap(), None).unwrap();
     model.logits(&hidden, &[1]).unwrap()
 }
 

@@ -16,6 +16,8 @@ pub(crate) struct Case {
     pub(crate) lengths: Vec<(usize, usize)>,
     /// What the host's bounds are above the lengths.
     pub(crate) slack: [usize; 2],
+    /// Rows of a block of the cache.
+    pub(crate) block_size: usize,
     /// Elements of a cache row that belong to nobody.
     pub(crate) padding: usize,
     /// Multiplies the queries: large ones make the softmax sharp.
@@ -32,7 +34,8 @@ pub(crate) struct Data {
     pub(crate) rows: usize,
     pub(crate) q_offsets: Vec<u32>,
     pub(crate) kv_lengths: Vec<u32>,
-    pub(crate) kv_rows: Vec<u32>,
+    pub(crate) block_table: Vec<u32>,
+    pub(crate) table_starts: Vec<u32>,
 }
 
 impl Case {
@@ -57,17 +60,25 @@ impl Case {
         };
         let q = (0..self.tokens() * num_heads * key_dim).map(|_| value(&mut noise, self.gain)).collect();
 
-        // The last sequence comes first in the cache, with rows between that belong to nobody.
-        let mut kv_rows = vec![0; self.lengths.len()];
-        let mut rows = 3;
-        for (row, (_, keys)) in kv_rows.iter_mut().zip(&self.lengths).rev() {
-            *row = rows as u32;
-            rows += keys + 1 + (noise.bits() % 5) as usize;
+        // Blocks in no order, some of nobody; the last sequence's table comes first, and between tables is what is no block.
+        let block_size = self.block_size;
+        let owned: usize = self.lengths.iter().map(|(_, keys)| keys.div_ceil(block_size)).sum();
+        let mut blocks: Vec<u32> = (0..owned as u32 + 2).collect();
+        (1..blocks.len()).rev().for_each(|at| blocks.swap(at, (noise.bits() % (at as u64 + 1)) as usize));
+        let rows = blocks.len() * block_size;
+        let mut table_starts = vec![0; self.lengths.len()];
+        let mut block_table = vec![u32::MAX; 2];
+        for (start, (_, keys)) in table_starts.iter_mut().zip(&self.lengths).rev() {
+            *start = block_table.len() as u32;
+            block_table.extend(blocks.split_off(blocks.len() - keys.div_ceil(block_size)));
+            block_table.push(u32::MAX);
         }
         let mut keys = vec![bf16::NAN; rows * strides[0]];
         let mut values = if self.latent { Vec::new() } else { vec![bf16::NAN; rows * strides[1]] };
-        for (first, (_, length)) in kv_rows.iter().zip(&self.lengths) {
-            for row in *first as usize..*first as usize + length {
+        for (start, (_, length)) in table_starts.iter().zip(&self.lengths) {
+            for position in 0..*length {
+                let block = block_table[*start as usize + position / block_size] as usize;
+                let row = block * block_size + position % block_size;
                 let width = if self.latent { key_width.max(value_width) } else { key_width };
                 keys[row * strides[0]..][..width].fill_with(|| value(&mut noise, 1.0));
                 if !self.latent {
@@ -80,7 +91,7 @@ impl Case {
             q_offsets.push(q_offsets[q_offsets.len() - 1] + *tokens as u32);
         }
         let kv_lengths = self.lengths.iter().map(|(_, keys)| *keys as u32).collect();
-        Data { q, keys, values, strides, rows, q_offsets, kv_lengths, kv_rows }
+        Data { q, keys, values, strides, rows, q_offsets, kv_lengths, block_table, table_starts }
     }
 
     /// The reference in float32 on the same bf16 values.
@@ -93,8 +104,9 @@ impl Case {
             }
             let width = num_heads * key_dim;
             let q = floats(&data.q[data.q_offsets[sequence] as usize * width..][..tokens * width]);
+            let table = &data.block_table[data.table_starts[sequence] as usize..][..keys.div_ceil(self.block_size)];
             let cached = |cache: &[bf16], stride: usize| {
-                floats(&cache[data.kv_rows[sequence] as usize * stride..][..keys * stride])
+                floats(&reference::paged_rows(cache, [self.block_size, stride], table, *keys).unwrap())
             };
             let k = cached(&data.keys, data.strides[0]);
             let v = if self.latent { k.clone() } else { cached(&data.values, data.strides[1]) };
@@ -158,15 +170,16 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
     let lengths = prop_oneof![3 => prop::collection::vec(any_lengths(), 1..=6), 1 => decodes];
     let slack = (prop_oneof![Just(0), 0..=200_usize], prop_oneof![Just(0), 0..=5000_usize]);
     let gain = prop::sample::select(vec![1.0, 1.0, 4.0, 16.0]);
-    (any_heads(), lengths, slack, 0..=2_usize, gain, any::<u64>()).prop_map(
-        |((shape, latent), mut lengths, slack, padding, gain, seed)| {
+    let block_size = prop::sample::select(vec![64, 64, 128, 1024]);
+    (any_heads(), lengths, slack, block_size, 0..=2_usize, gain, any::<u64>()).prop_map(
+        |((shape, latent), mut lengths, slack, block_size, padding, gain, seed)| {
             let mut left = MOST_WORK;
             for (tokens, keys) in &mut lengths {
                 let each = shape.num_heads * (shape.key_dim + shape.value_dim) * *keys;
                 *tokens = (*tokens).min(left / each);
                 left -= *tokens * each;
             }
-            Case { shape, latent, lengths, slack: slack.into(), padding: 8 * padding, gain, seed }
+            Case { shape, latent, lengths, slack: slack.into(), block_size, padding: 8 * padding, gain, seed }
         },
     )
 }

@@ -10,7 +10,9 @@ use crate::{
     units,
 };
 use anabranch::Sampling;
-use anabranch_model::{Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate};
+use anabranch_model::{
+    BLOCK_SIZE, Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate,
+};
 use std::{
     fs,
     io::{self, IsTerminal, Read},
@@ -24,6 +26,7 @@ use std::{
     anabranch generate --model DIR --prompt 'The river' --max-new-tokens 64\n  \
     anabranch generate --model DIR --chat --temperature 0.7 --top-p 0.95 --seed 1 < question.txt\n  \
     anabranch generate --model DIR --prompt 'One' --prompt 'Two' --stats\n  \
+    anabranch generate --model DIR --prompt-file questions.txt --batch-size 256\n  \
     anabranch generate --random-weights deepseek-moe-16b --device cuda --prompt 'One' --stats\n\n\
     Without sampling options the likeliest token is taken every time. The same options and seed give the same text.\n\
     Text ends at an end-of-text token, at a --stop string (which is not printed) or after --max-new-tokens.\n\
@@ -34,7 +37,7 @@ pub(crate) struct Arguments {
     /// Text to continue; several are run together, and printed one after another [default: standard input]
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
     prompt: Vec<String>,
-    /// File whose whole text is the prompt, but for one line end at its end
+    /// File whose lines are prompts, run together as those of several --prompt are
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
     /// Put the prompt in the checkpoint's chat template, as the user's message
@@ -67,6 +70,13 @@ pub(crate) struct Arguments {
     /// End the text before this string; may be given several times
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
+    /// Most prompts that run side by side; the others wait
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = super::at_least_one)]
+    batch_size: usize,
+    /// Tokens that the cache holds, of all prompts that run and their output; where they need more, the last ones wait
+    /// [default: what --batch-size of them may need]
+    #[arg(long, value_name = "N", value_parser = super::at_least_one)]
+    cache_tokens: Option<usize>,
     /// Say on stderr how fast it went and how much memory it took
     #[arg(long)]
     stats: bool,
@@ -89,17 +99,19 @@ impl Task for &Arguments {
             if self.chat { tokenizer.encode_chat(&[Message::user(text)]) } else { tokenizer.encode(text) }
         };
         let prompts = texts.iter().map(encode).collect::<Result<Vec<_>, Error>>()?;
-        let most =
-            |prompt: &Vec<u32>| prompt.len().saturating_add(self.max_new_tokens).min(config.max_position_embeddings);
-        let demand = Demand { cached_tokens: prompts.iter().map(most).sum(), logit_rows: prompts.len() };
-        memory::check::<P>(&self.source, &config, &demand, self.memory_limit)?;
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens,
             sampling,
             seed: self.seed,
             stop: self.stop.clone(),
             eos: config.eos_token_ids.clone(),
+            batch_size: self.batch_size,
+            cache_tokens: self.cache_tokens,
         };
+        let blocks = options.cache_blocks(&prompts, config.max_position_embeddings);
+        let cached_tokens = blocks.saturating_mul(BLOCK_SIZE);
+        let demand = Demand { cached_tokens, logit_rows: prompts.len().min(self.batch_size) };
+        memory::check::<P>(&self.source, &config, &demand, self.memory_limit)?;
         let model = self.source.load(&config, place)?;
         let generated = interrupt::deferred(|| speak(&model, &tokenizer, &prompts, &options))?;
         if self.stats {
@@ -179,12 +191,19 @@ impl Arguments {
         Ok(sampling.build().map_err(Error::from)?)
     }
 
-    /// The prompts: from the options, a file, or standard input; never empty.
+    /// The prompts: from the options, a file's lines, or standard input; never empty.
     fn texts(&self) -> Result<Vec<String>, Failure> {
         let texts = match &self.prompt_file {
             Some(path) => {
                 let bytes = fs::read(path).map_err(Error::io("read", path))?;
-                vec![text(&path.display().to_string(), bytes)?]
+                let name = path.display().to_string();
+                let lines: Vec<String> =
+                    text(&name, bytes)?.split('\n').map(|line| without_return(line).to_owned()).collect();
+                if let (Some(empty), true) = (lines.iter().position(String::is_empty), lines.len() > 1) {
+                    let line = empty + 1;
+                    return Err(Failure::Failed(format!("{name}: line {line} is empty, and each line is a prompt")));
+                }
+                lines
             }
             None if self.prompt.is_empty() => vec![text("standard input", read_stdin()?)?],
             None => self.prompt.clone(),
@@ -209,6 +228,11 @@ fn read_stdin() -> Result<Vec<u8>, Failure> {
     Ok(bytes)
 }
 
+/// A line without what some editors put before its end.
+fn without_return(line: &str) -> &str {
+    line.strip_suffix('\r').unwrap_or(line)
+}
+
 /// The text of a file, without the line end that editors put after the last line.
 fn text(source: &str, bytes: Vec<u8>) -> Result<String, Failure> {
     let mut text = String::from_utf8(bytes).map_err(|error| {
@@ -218,9 +242,7 @@ fn text(source: &str, bytes: Vec<u8>) -> Result<String, Failure> {
     })?;
     if text.ends_with('\n') {
         text.pop();
-        if text.ends_with('\r') {
-            text.pop();
-        }
+        text.truncate(without_return(&text).len());
     }
     Ok(text)
 }

@@ -9,7 +9,7 @@ use crate::{
     units,
 };
 use anabranch_model::{
-    Backend, Batch, Config, Error, Model, Observer, Segment, TensorFile, TopkIds,
+    Backend, Batch, Config, Error, Model, Observer, Segment, TensorFile, TopkIds, blocks_for,
     checkpoint::{TensorLayout, TensorWriter, write_tensor_file},
 };
 use safetensors::Dtype;
@@ -114,8 +114,9 @@ struct Pass<B: Backend> {
 impl<B: Backend> Pass<B> {
     /// One pass over the whole sequence. Sequences go one by one: each needs its own cache only while it runs.
     fn run(model: &Model<B>, ids: &[u32], hidden: bool) -> Result<Self, Failure> {
-        let mut cache = model.cache(&[ids.len()])?;
-        let batch = Batch { ids, segments: &[Segment { sequence: 0, position: 0, len: ids.len() }] };
+        let blocks: Vec<u32> = (0..blocks_for(ids.len()) as u32).collect();
+        let mut cache = model.cache(blocks.len())?;
+        let batch = Batch { ids, segments: &[Segment { blocks: &blocks, position: 0, len: ids.len() }] };
         let mut seen = Capture::default();
         let observer: Option<&mut dyn Observer> = if hidden { Some(&mut seen) } else { None };
         let last = model.forward(&batch, &mut cache, observer)?;

@@ -68,6 +68,27 @@ fn several_prompts_give_what_each_gives_alone() {
 }
 
 #[test]
+fn the_lines_of_a_file_are_prompts() {
+    let options = ["--max-new-tokens", "40"];
+    let prompts: Vec<String> = (0..9).map(|index| format!("{PROMPT} {index}{}", " and so on".repeat(index))).collect();
+    let asked: Vec<&str> = prompts.iter().flat_map(|prompt| ["--prompt", prompt]).collect();
+    let expected = generate("qwen3-moe", &[&asked, &options[..]].concat()).success();
+    assert!(expected.starts_with("==> prompt 1 of 9 <==\n") && expected.contains("==> prompt 9 of 9 <==\n"));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.txt");
+    let from_file = |text: String, more: &[&str]| {
+        fs::write(&file, text).unwrap();
+        generate("qwen3-moe", &[&["--prompt-file", file.to_str().unwrap()], &options[..], more].concat())
+    };
+    assert_eq!(from_file(prompts.join("\n") + "\n", &[]).success(), expected);
+    assert_eq!(from_file(prompts.join("\r\n"), &["--batch-size", "2"]).success(), expected);
+    // Too little cache for two of the longer ones.
+    assert_eq!(from_file(prompts.join("\n"), &["--cache-tokens", "256"]).success(), expected);
+    from_file("One\n\nTwo\n".to_owned(), &[]).failure(1, &["prompts.txt: line 2 is empty"]);
+    from_file(prompts.join("\n"), &["--cache-tokens", "64"]).failure(1, &["a prompt of", "cache, which holds 64"]);
+}
+
+#[test]
 fn the_chat_template_changes_the_prompt() {
     let plain = text("deepseek-v2", &["--prompt", PROMPT, "--max-new-tokens", "8"]);
     let chat = text("deepseek-v2", &["--prompt", PROMPT, "--max-new-tokens", "8", "--chat"]);
@@ -147,6 +168,8 @@ fn options_that_are_refused() {
     refused(&["--temperature", "1", "--top-p", "0"], &["--top-p", "above 0"]);
     refused(&["--temperature", "1", "--min-p", "1"], &["--min-p", "below 1"]);
     refused(&["--temperature", "1", "--top-k", "0"], &["--top-k", "at least 1"]);
+    refused(&["--batch-size", "0"], &["--batch-size", "at least 1"]);
+    refused(&["--cache-tokens", "0"], &["--cache-tokens", "at least 1"]);
     refused(&["--repetition-penalty", "0"], &["--repetition-penalty"]);
     refused(&["--stop", ""], &["--stop"]);
     refused(&["--memory-limit", "lots"], &["--memory-limit", "512M"]);

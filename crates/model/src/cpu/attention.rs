@@ -4,11 +4,11 @@ use anabranch::reference::{AttentionShape, LatentShape, attention, latent_attent
 
 use super::{
     CpuTensor,
-    cache::{Pass, Slots},
+    cache::{Layer, Pass},
     layer, project,
 };
 use crate::{
-    Config, Error, Result, Segment,
+    Config, Error, Result,
     config::Attention,
     weights::{AttentionWeights, StoredLinear},
 };
@@ -83,26 +83,17 @@ impl CpuAttention {
         }
     }
 
-    pub(super) fn forward(&self, x: &CpuTensor, index: usize, pass: &Pass, slots: &mut Slots) -> Result<CpuTensor> {
+    pub(super) fn forward(&self, x: &CpuTensor, pass: &Pass, cache: &mut Layer) -> Result<CpuTensor> {
         let heads = match &self.kind {
-            Kind::Grouped(grouped) => grouped.forward(x, index, pass, slots)?,
-            Kind::Latent(latent) => latent.forward(x, index, pass, slots)?,
+            Kind::Grouped(grouped) => grouped.forward(x, pass, cache)?,
+            Kind::Latent(latent) => latent.forward(x, pass, cache)?,
         };
         Ok(CpuTensor { values: linear(&heads, x.rows(), &layer(&self.output)?)?, width: x.width })
     }
 }
 
-/// The rows of each segment.
-fn rows(segments: &[Segment]) -> impl Iterator<Item = (&Segment, std::ops::Range<usize>)> {
-    segments.iter().scan(0, |next, segment| {
-        let first = *next;
-        *next += segment.len;
-        Some((segment, first..*next))
-    })
-}
-
 impl Grouped {
-    fn forward(&self, x: &CpuTensor, index: usize, pass: &Pass, slots: &mut Slots) -> Result<Vec<f32>> {
+    fn forward(&self, x: &CpuTensor, pass: &Pass, cache: &mut Layer) -> Result<Vec<f32>> {
         let AttentionShape { num_heads, num_kv_heads, key_dim, .. } = self.shape;
         let (mut q, mut k, mut v) = (project(x, &self.q)?, project(x, &self.k)?, project(x, &self.v)?);
         if let Some([q_norm, k_norm]) = &self.qk_norm {
@@ -117,19 +108,19 @@ impl Grouped {
         rotate(&mut k, num_kv_heads, key_dim, 0, &pass.rope)?;
         let (width, kv_width) = (num_heads * key_dim, num_kv_heads * key_dim);
         let mut out = Vec::with_capacity(q.len());
-        for (segment, rows) in rows(&pass.segments) {
-            let slot = slots.slot(index, segment, kv_width)?;
-            slot.keys.extend_from_slice(&k[rows.start * kv_width..rows.end * kv_width]);
-            slot.values.extend_from_slice(&v[rows.start * kv_width..rows.end * kv_width]);
-            let q = &q[rows.start * width..rows.end * width];
-            out.extend(attention(&self.shape, q, [&slot.keys, &slot.values], [kv_width, kv_width])?);
+        cache.keys.write(&pass.rows, &k, kv_width);
+        cache.values.write(&pass.rows, &v, kv_width);
+        for (sequence, tokens) in pass.sequences() {
+            let (keys, values) = (cache.keys.of(sequence, kv_width)?, cache.values.of(sequence, kv_width)?);
+            let q = &q[tokens.start * width..tokens.end * width];
+            out.extend(attention(&self.shape, q, [&keys, &values], [kv_width, kv_width])?);
         }
         Ok(out)
     }
 }
 
 impl Latent {
-    fn forward(&self, x: &CpuTensor, index: usize, pass: &Pass, slots: &mut Slots) -> Result<Vec<f32>> {
+    fn forward(&self, x: &CpuTensor, pass: &Pass, cache: &mut Layer) -> Result<Vec<f32>> {
         let LatentShape { num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, .. } = self.shape;
         let mut q = match &self.q_a {
             Some((down, norm)) => {
@@ -151,11 +142,10 @@ impl Latent {
 
         let q_width = num_heads * head_dim;
         let mut out = Vec::with_capacity(x.rows() * num_heads * v_head_dim);
-        for (segment, rows) in rows(&pass.segments) {
-            let slot = slots.slot(index, segment, width)?;
-            slot.keys.extend_from_slice(&latents[rows.start * width..rows.end * width]);
-            let q = &q[rows.start * q_width..rows.end * q_width];
-            out.extend(latent_attention(&self.shape, q, &slot.keys, &self.kv_b)?);
+        cache.keys.write(&pass.rows, &latents, width);
+        for (sequence, tokens) in pass.sequences() {
+            let q = &q[tokens.start * q_width..tokens.end * q_width];
+            out.extend(latent_attention(&self.shape, q, &cache.keys.of(sequence, width)?, &self.kv_b)?);
         }
         Ok(out)
     }

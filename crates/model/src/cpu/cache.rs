@@ -1,76 +1,99 @@
 //! Keys and values on the CPU.
 
-use anabranch::reference::RopeTable;
+use std::{borrow::Cow, ops::Range};
+
+use anabranch::reference::{RopeTable, paged_rows};
 
 use super::CpuTensor;
-use crate::{Config, Error, Result, Segment};
+use crate::{
+    Config, Result, Segment,
+    blocks::{BLOCK_SIZE, Written},
+};
 
-/// A cache of float32 rows for every layer and sequence, which grows with the sequence up to its slot's capacity, and the pass under
-/// way.
+/// Blocks of float32 rows for every layer, in memory that grows as far as they are used, and the pass under way.
 #[derive(Debug)]
 pub struct CpuCache {
-    pub(super) slots: Slots,
+    pub(super) written: Written,
+    pub(super) layers: Vec<Layer>,
     pub(super) pass: Pass,
 }
 
 /// What one pass works with.
 #[derive(Debug)]
 pub(super) struct Pass {
-    pub(super) segments: Vec<Segment>,
+    sequences: Vec<Sequence>,
+    /// The cache's row of every token.
+    pub(super) rows: Vec<usize>,
     /// cos and sin of every token's position.
     pub(super) rope: RopeTable,
     /// The residual stream.
     pub(super) x: CpuTensor,
 }
 
-/// Keys and values.
+/// What attention reads of the cache for some of the pass's tokens.
 #[derive(Debug)]
-pub(super) struct Slots {
-    capacities: Vec<usize>,
-    /// `[layer][sequence]`.
-    layers: Vec<Vec<Slot>>,
+pub(super) struct Sequence {
+    blocks: Vec<u32>,
+    /// Tokens in the cache, those of the pass included.
+    length: usize,
+    tokens: Range<usize>,
 }
 
-/// One sequence in one layer: two sides of rows. Latent attention keeps its one row a token in `keys`.
+/// One layer's two sides. Latent attention keeps its one row a token in `keys`.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Slot {
-    pub(super) keys: Vec<f32>,
-    pub(super) values: Vec<f32>,
+pub(super) struct Layer {
+    pub(super) keys: Rows,
+    pub(super) values: Rows,
 }
+
+/// `[blocks, BLOCK_SIZE, width]`, up to the last block that was written.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Rows(Vec<f32>);
 
 impl CpuCache {
-    pub(super) fn new(config: &Config, capacities: &[usize]) -> Self {
-        let layers = vec![vec![Slot::default(); capacities.len()]; config.layers.len()];
+    pub(super) fn new(config: &Config, blocks: usize) -> Self {
+        let layers = vec![Layer::default(); config.layers.len()];
         let x = CpuTensor { values: Vec::new(), width: config.hidden_size };
-        Self { slots: Slots { capacities: capacities.to_vec(), layers }, pass: Pass::new(config, &[], x) }
+        Self { written: Written::new(blocks), layers, pass: Pass::new(config, &[], x) }
     }
 }
 
 impl Pass {
-    pub(super) fn new(config: &Config, segments: &[Segment], x: CpuTensor) -> Self {
+    pub(super) fn new(config: &Config, segments: &[Segment<'_>], x: CpuTensor) -> Self {
         let positions = segments.iter().flat_map(|segment| segment.position..segment.position + segment.len);
-        Self { segments: segments.to_vec(), rope: RopeTable::new(&config.rope, positions), x }
+        let mut next = 0;
+        let sequences = segments.iter().map(|segment| {
+            let first = next;
+            next += segment.len;
+            let length = segment.position + segment.len;
+            Sequence { blocks: segment.blocks.to_vec(), length, tokens: first..next }
+        });
+        Self {
+            sequences: sequences.collect(),
+            rows: segments.iter().flat_map(Segment::rows).collect(),
+            rope: RopeTable::new(&config.rope, positions),
+            x,
+        }
+    }
+
+    /// Every sequence with its tokens.
+    pub(super) fn sequences(&self) -> impl Iterator<Item = (&Sequence, &Range<usize>)> {
+        self.sequences.iter().map(|sequence| (sequence, &sequence.tokens))
     }
 }
 
-impl Slots {
-    /// The segment's slot, cut back to where the segment begins. Keys are `key_width` wide.
-    pub(super) fn slot(&mut self, layer: usize, segment: &Segment, key_width: usize) -> Result<&mut Slot> {
-        let Segment { sequence, position, len } = *segment;
-        let slots = self.capacities.len();
-        let (Some(slot), Some(capacity)) = (self.layers[layer].get_mut(sequence), self.capacities.get(sequence)) else {
-            return Err(Error::Input(format!("sequence {sequence} has no slot in a cache of {slots}")));
-        };
-        let held = slot.keys.len() / key_width;
-        if position > held || position + len > *capacity {
-            return Err(Error::Input(format!(
-                "tokens {position} to {} of sequence {sequence} do not continue the {held} that its slot of {capacity} holds",
-                position + len
-            )));
+impl Rows {
+    /// Writes the pass's rows, `width` wide, to where they belong.
+    pub(super) fn write(&mut self, rows: &[usize], values: &[f32], width: usize) {
+        let blocks = rows.iter().max().map_or(0, |row| row / BLOCK_SIZE + 1);
+        self.0.resize(self.0.len().max(blocks * BLOCK_SIZE * width), 0.0);
+        for (row, values) in rows.iter().zip(values.chunks_exact(width)) {
+            self.0[row * width..(row + 1) * width].copy_from_slice(values);
         }
-        let value_width = slot.values.len().checked_div(held).unwrap_or(0);
-        slot.keys.truncate(position * key_width);
-        slot.values.truncate(position * value_width);
-        Ok(slot)
+    }
+
+    /// A sequence's rows one after another.
+    pub(super) fn of(&self, sequence: &Sequence, width: usize) -> Result<Cow<'_, [f32]>> {
+        Ok(paged_rows(&self.0, [BLOCK_SIZE, width], &sequence.blocks, sequence.length)?)
     }
 }

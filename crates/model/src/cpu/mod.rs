@@ -82,12 +82,13 @@ impl Backend for Cpu {
         Ok(weights)
     }
 
-    fn cache(&self, config: &Config, capacities: &[usize]) -> Result<CpuCache> {
-        Ok(CpuCache::new(config, capacities))
+    fn cache(&self, config: &Config, blocks: usize) -> Result<CpuCache> {
+        Ok(CpuCache::new(config, blocks))
     }
 
     fn embed(&self, config: &Config, table: &StoredLinear, batch: &Batch<'_>, cache: &mut CpuCache) -> Result<()> {
         let x = CpuTensor { values: embedding(&table.matrix()?, batch.ids)?, width: config.hidden_size };
+        cache.written.note(batch.segments)?;
         cache.pass = Pass::new(config, batch.segments, x);
         Ok(())
     }
@@ -100,8 +101,8 @@ impl Backend for Cpu {
         layer: usize,
         cache: &mut CpuCache,
     ) -> Result<()> {
-        let CpuCache { slots, pass } = cache;
-        let delta = weights.forward(&normed(config, &pass.x, norm)?, layer, pass, slots)?;
+        let CpuCache { layers, pass, .. } = cache;
+        let delta = weights.forward(&normed(config, &pass.x, norm)?, pass, &mut layers[layer])?;
         pass.x.add(&delta);
         Ok(())
     }

@@ -8,14 +8,17 @@ use super::{
     memory::{Buffer, Gpu, Purpose, explain},
     workspace::Workspace,
 };
-use crate::{Batch, Config, Error, Result, Segment};
+use crate::{
+    Batch, Config, Error, Result, Segment,
+    blocks::{BLOCK_SIZE, Written, blocks_for},
+};
 
-/// Keys and values of all layers and sequences: a slot's rows one after another, the slots one after another. With them the buffers
-/// of a pass, so that decoding runs from the same memory step by step.
+/// Keys and values of all layers, in blocks of rows. With them the buffers of a pass, so that decoding runs from the same memory step by
+/// step.
 #[derive(Debug)]
 pub struct CudaCache {
     pub(super) layers: Vec<LayerCache>,
-    slots: Vec<Slot>,
+    written: Written,
     pub(super) rope: RopeTable,
     pub(super) batch: DeviceBatch,
     pub(super) work: Workspace,
@@ -30,13 +33,6 @@ pub(super) struct LayerCache {
     pub(super) values: Buffer<bf16>,
 }
 
-#[derive(Debug)]
-struct Slot {
-    first_row: usize,
-    capacity: usize,
-    held: usize,
-}
-
 /// A batch's numbers on the GPU.
 #[derive(Debug)]
 pub(super) struct DeviceBatch {
@@ -46,7 +42,7 @@ pub(super) struct DeviceBatch {
     max_kv_len: usize,
     /// Rows of every layer's cache.
     pub(super) cache_rows: usize,
-    /// Ids `[T]`, offsets `[B + 1]`, lengths `[B]` and first rows `[B]` of the segments.
+    /// Ids `[T]`, offsets `[B + 1]`, lengths `[B]` and table starts `[B]` of the segments, then their tables.
     words: Buffer<u32>,
     /// Positions and cache rows, `[T]` each.
     numbers: Buffer<i32>,
@@ -69,17 +65,12 @@ pub(super) struct HeadOrder {
 const CONTEXT_STEP: usize = 256;
 
 impl CudaCache {
-    pub(super) fn new(gpu: &Gpu, config: &Config, capacities: &[usize]) -> Result<Self> {
-        let mut rows = 0_usize;
-        let mut slots = Vec::with_capacity(capacities.len());
-        for &capacity in capacities {
-            slots.push(Slot { first_row: rows, capacity, held: 0 });
-            rows = rows.saturating_add(capacity);
-        }
+    pub(super) fn new(gpu: &Gpu, config: &Config, blocks: usize) -> Result<Self> {
+        let rows = blocks.saturating_mul(BLOCK_SIZE);
         let layers = Self::layers(gpu, config, rows)?;
         let rope = RopeTable::new(&gpu.stream, &config.rope)?;
         let batch = DeviceBatch::new(gpu, attention::latent_heads(config), rows)?;
-        Ok(Self { layers, slots, rope, batch, work: Workspace::new(gpu, config)? })
+        Ok(Self { layers, written: Written::new(blocks), rope, batch, work: Workspace::new(gpu, config)? })
     }
 
     fn layers(gpu: &Gpu, config: &Config, rows: usize) -> Result<Vec<LayerCache>> {
@@ -103,47 +94,13 @@ impl CudaCache {
         layers.map_err(|error| explain(error, what, advice))
     }
 
-    /// Checks that a batch continues its slots, and brings its numbers to the GPU.
+    /// Checks that a batch continues its sequences, and brings its numbers to the GPU.
     pub(super) fn begin(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<()> {
-        check_apart(batch.segments)?;
+        self.written.note(batch.segments)?;
         let mut numbers = Numbers::default();
-        for segment in batch.segments {
-            let slot = self.slot(segment)?;
-            numbers.push(segment, slot.first_row);
-        }
+        batch.segments.iter().for_each(|segment| numbers.push(segment));
         self.work.reserve(gpu, batch.ids.len())?;
-        self.batch.set(gpu, batch, &numbers)?;
-        for &Segment { sequence, position, len } in batch.segments {
-            self.slots[sequence].held = position + len;
-        }
-        Ok(())
-    }
-
-    /// The slot that a segment continues.
-    fn slot(&self, segment: &Segment) -> Result<&Slot> {
-        let Segment { sequence, position, len } = *segment;
-        let slot = self.slots.get(sequence).ok_or_else(|| {
-            Error::Input(format!("sequence {sequence} has no slot in a cache of {}", self.slots.len()))
-        })?;
-        if position <= slot.held && position + len <= slot.capacity {
-            return Ok(slot);
-        }
-        Err(Error::Input(format!(
-            "tokens {position} to {} of sequence {sequence} do not continue the {} that its slot of {} holds",
-            position + len,
-            slot.held,
-            slot.capacity
-        )))
-    }
-}
-
-/// Tokens of one pass are computed side by side, so that each slot may take part once.
-fn check_apart(segments: &[Segment]) -> Result<()> {
-    let mut sequences: Vec<usize> = segments.iter().map(|segment| segment.sequence).collect();
-    sequences.sort_unstable();
-    match sequences.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(Error::Input(format!("sequence {} has two segments in one pass on a GPU", pair[0]))),
-        None => Ok(()),
+        self.batch.set(gpu, batch, &numbers)
     }
 }
 
@@ -152,20 +109,22 @@ fn check_apart(segments: &[Segment]) -> Result<()> {
 struct Numbers {
     offsets: Vec<u32>,
     lengths: Vec<u32>,
-    first_rows: Vec<u32>,
+    starts: Vec<u32>,
+    tables: Vec<u32>,
     positions: Vec<i32>,
     rows: Vec<i32>,
     max_q_len: usize,
 }
 
 impl Numbers {
-    fn push(&mut self, segment: &Segment, first_row: usize) {
-        let Segment { position, len, .. } = *segment;
+    fn push(&mut self, segment: &Segment<'_>) {
+        let Segment { blocks, position, len } = *segment;
         self.offsets.push(self.positions.len() as u32);
         self.lengths.push((position + len) as u32);
-        self.first_rows.push(first_row as u32);
+        self.starts.push(self.tables.len() as u32);
+        self.tables.extend_from_slice(&blocks[..blocks_for(position + len)]);
         self.positions.extend((position..position + len).map(|position| position as i32));
-        self.rows.extend((position..position + len).map(|position| (first_row + position) as i32));
+        self.rows.extend(segment.rows().map(|row| row as i32));
         self.max_q_len = self.max_q_len.max(len);
     }
 }
@@ -188,9 +147,11 @@ impl DeviceBatch {
     fn set(&mut self, gpu: &Gpu, batch: &Batch<'_>, numbers: &Numbers) -> Result<()> {
         let (tokens, segments) = (batch.ids.len(), batch.segments.len());
         let end = [tokens as u32];
-        let words = [batch.ids, &numbers.offsets, &end, &numbers.lengths, &numbers.first_rows].concat();
+        let words = [batch.ids, &numbers.offsets, &end, &numbers.lengths, &numbers.starts, &numbers.tables].concat();
         let pairs = [numbers.positions.as_slice(), &numbers.rows].concat();
-        gpu.reserve(&mut self.words, words.len())?;
+        // Room for tables of the whole cache, which only sequences that share blocks pass: decode steps find it as it is.
+        let cached = (self.cache_rows / BLOCK_SIZE).saturating_sub(numbers.tables.len());
+        gpu.reserve(&mut self.words, words.len() + cached)?;
         gpu.reserve(&mut self.numbers, pairs.len())?;
         gpu.stream.upload_into(&words, &mut self.words.part_mut(0, [words.len()])?)?;
         gpu.stream.upload_into(&pairs, &mut self.numbers.part_mut(0, [pairs.len()])?)?;
@@ -218,10 +179,14 @@ impl DeviceBatch {
 
     pub(super) fn attention(&self) -> Result<AttentionBatch<'_>> {
         let (tokens, segments) = (self.tokens, self.segments);
+        let tables = tokens + 3 * segments + 1;
         Ok(AttentionBatch {
             q_offsets: self.words.part(tokens, [segments + 1])?,
             kv_lengths: self.words.part(tokens + segments + 1, [segments])?,
-            kv_rows: self.words.part(tokens + 2 * segments + 1, [segments])?,
+            table_starts: self.words.part(tokens + 2 * segments + 1, [segments])?,
+            // All that is left of the buffer, which tables that grow do not change.
+            block_table: self.words.part(tables, [self.words.shape().len() - tables])?,
+            block_size: BLOCK_SIZE,
             max_q_len: self.max_q_len,
             max_kv_len: self.max_kv_len,
         })

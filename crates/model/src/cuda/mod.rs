@@ -112,8 +112,8 @@ impl Backend for Cuda {
         CudaFeedForward::load(&self.gpu, config, &weights)
     }
 
-    fn cache(&self, config: &Config, capacities: &[usize]) -> Result<CudaCache> {
-        CudaCache::new(&self.gpu, config, capacities)
+    fn cache(&self, config: &Config, blocks: usize) -> Result<CudaCache> {
+        CudaCache::new(&self.gpu, config, blocks)
     }
 
     fn embed(&self, config: &Config, table: &CudaTable, batch: &Batch<'_>, cache: &mut CudaCache) -> Result<()> {

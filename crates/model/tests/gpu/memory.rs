@@ -1,8 +1,8 @@
 //! The GPU's memory: what a pass takes of it, and a large model.
 
-use anabranch_model::{Batch, Config, Forward, Model, Segment, Session};
+use anabranch_model::{BLOCK_SIZE, Batch, Config, Forward, Model, Segment, Session};
 
-use crate::support::{Expected, golden, halves, load, on_gpu};
+use crate::support::{Expected, golden, load, on_gpu};
 
 /// Decoding runs from buffers that are there: after the first step of its size nothing is allocated.
 #[test]
@@ -13,11 +13,14 @@ fn decode_steps_allocate_nothing() {
             let (model, expected) = (load(name, gpu()), Expected::open(name));
             let ids = expected.tokens("input_ids");
             let mut session = Session::new(&model).unwrap();
-            session.reset(&[64, 64]).unwrap();
-            session.forward(&Batch { ids: &ids, segments: &halves(&ids) }).unwrap();
+            let tables = [[0, 1], [2, 3]];
+            session.reset(4).unwrap();
+            let segments = |position, len| [&tables[0][..], &tables[1]].map(|blocks| Segment { blocks, position, len });
+            session.forward(&Batch { ids: &ids, segments: &segments(0, ids.len() / 2) }).unwrap();
             let mut counts = Vec::new();
-            for position in ids.len() / 2..ids.len() / 2 + 8 {
-                let segments = [0, 1].map(|sequence| Segment { sequence, position, len: 1 });
+            // Past the end of a block.
+            for position in ids.len() / 2..BLOCK_SIZE + 4 {
+                let segments = segments(position, 1);
                 session.forward(&Batch { ids: &[3, 5], segments: &segments }).unwrap();
                 counts.push(model.backend().usage().allocations);
             }
@@ -41,14 +44,15 @@ fn peak_of_a_large_model() {
         }
         let model = Model::random(config, 0, gpu, &mut |_, _| {}).unwrap();
         let mut session = Session::new(&model).unwrap();
-        session.reset(&[2048]).unwrap();
+        let blocks: Vec<u32> = (0..32).collect();
+        session.reset(blocks.len()).unwrap();
         let ids: Vec<u32> = (1000..1512).collect();
-        let prompt = [Segment { sequence: 0, position: 0, len: ids.len() }];
+        let prompt = [Segment { blocks: &blocks, position: 0, len: ids.len() }];
         let logits = session.forward(&Batch { ids: &ids, segments: &prompt }).unwrap();
         assert!(logits.iter().all(|logit| logit.is_finite()));
         assert!(logits.iter().any(|logit| *logit != 0.0));
         for position in 512..520 {
-            let next = [Segment { sequence: 0, position, len: 1 }];
+            let next = [Segment { blocks: &blocks, position, len: 1 }];
             session.forward(&Batch { ids: &[7], segments: &next }).unwrap();
         }
         let usage = model.backend().usage();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anabranch_model::{Batch, Cpu, GivenRouting, Model, Observer, Segment, TopkIds};
 
-use crate::support::{Expected, assert_close, golden, halves, load, logits, on_gpu};
+use crate::support::{Expected, TABLES, assert_close, golden, halves, load, logits, on_gpu};
 
 /// Of the logits of a whole prompt, relative to float32.
 const LOGITS: f64 = 4e-2;
@@ -53,7 +53,7 @@ fn greedy_tokens_under_teacher_forcing() {
         for name in &golden() {
             let (model, reference, expected) = (load(name, gpu()), load(name, Cpu), Expected::open(name));
             let ids = expected.tokens("greedy");
-            let segments = [Segment { sequence: 0, position: 0, len: ids.len() }];
+            let segments = [Segment { blocks: &[0], position: 0, len: ids.len() }];
             let none = GivenRouting::new();
             let vocab = model.config().vocab_size;
             let (mut right, mut taken) = (Experts::default(), Experts::default());
@@ -142,11 +142,11 @@ fn in_pieces<B: anabranch_model::Backend>(
     pieces: &[usize],
 ) -> Vec<f32> {
     let half = ids.len() / 2;
-    let mut cache = model.cache(&[half, half]).unwrap();
+    let mut cache = model.cache(TABLES.len()).unwrap();
     let mut got = [Vec::new(), Vec::new()];
     let mut position = 0;
     for &len in pieces {
-        let segments = [0, 1].map(|sequence| Segment { sequence, position, len });
+        let segments = TABLES.each_ref().map(|blocks| Segment { blocks, position, len });
         let rows = |sequence: usize| sequence * half + position..sequence * half + position + len;
         let batch = [&ids[rows(0)], &ids[rows(1)]].concat();
         let given = |all: &TopkIds| {
@@ -179,7 +179,7 @@ fn a_session_gives_the_models_logits() {
             let all = logits(&model, &ids, &segments, None, &GivenRouting::new());
             let last = [ids.len() / 2 - 1, ids.len() - 1].map(|row| &all[row * vocab..(row + 1) * vocab]).concat();
             let mut session = Session::new(&model).unwrap();
-            session.reset(&[ids.len(), ids.len()]).unwrap();
+            session.reset(2).unwrap();
             assert_eq!(session.forward(&Batch { ids: &ids, segments: &segments }).unwrap(), last, "{name}");
         }
     });

@@ -74,7 +74,8 @@ fn flips_hang_on_rounding() {
     });
 }
 
-fn selection_bias(name: &str, config: &Config, layer: usize) -> Option<Vec<f32>> {
+/// What the layer's router adds to the scores that it selects by.
+pub(crate) fn selection_bias(name: &str, config: &Config, layer: usize) -> Option<Vec<f32>> {
     config.moe.as_ref().filter(|moe| moe.selection_bias)?;
     let tensor = format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
     Some(Checkpoint::open(&folder(name)).unwrap().get(&tensor).unwrap().to_f32().unwrap())
@@ -82,7 +83,7 @@ fn selection_bias(name: &str, config: &Config, layer: usize) -> Option<Vec<f32>>
 
 /// Whether the reference takes the expert once every logit has moved by no more than rounding: its own up, or its group's,
 /// all others down.
-fn could_be_taken(routing: &Routing, logits: &[f32], bias: Option<&[f32]>, expert: i32) -> bool {
+pub(crate) fn could_be_taken(routing: &Routing, logits: &[f32], bias: Option<&[f32]>, expert: i32) -> bool {
     let step = ROUNDING * logits.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
     let group = routing.num_experts() / routing.group_limit().map_or(1, |limit| limit.n_group);
     let own = |other: usize| other == expert as usize;

@@ -71,21 +71,23 @@ pub(crate) fn load<B: Backend>(name: &str, backend: B) -> Model<B> {
     Model::load(&folder(name), backend, &mut |_, _| {}).unwrap()
 }
 
+/// The tables of two sequences of one block each.
+pub(crate) const TABLES: [[u32; 1]; 2] = [[1], [0]];
+
 /// The golden prompts side by side: two of one length.
-pub(crate) fn halves(ids: &[u32]) -> [Segment; 2] {
-    [0, 1].map(|sequence| Segment { sequence, position: 0, len: ids.len() / 2 })
+pub(crate) fn halves(ids: &[u32]) -> [Segment<'static>; 2] {
+    TABLES.each_ref().map(|blocks| Segment { blocks, position: 0, len: ids.len() / 2 })
 }
 
 /// The logits of all tokens of one pass from nothing.
 pub(crate) fn logits<B: Backend>(
     model: &Model<B>,
     ids: &[u32],
-    segments: &[Segment],
+    segments: &[Segment<'_>],
     observer: Option<&mut dyn Observer>,
     routing: &GivenRouting,
 ) -> Vec<f32> {
-    let capacities: Vec<usize> = segments.iter().map(|segment| segment.len).collect();
-    let mut cache = model.cache(&capacities).unwrap();
+    let mut cache = model.cache(TABLES.len()).unwrap();
     let hidden = model.forward_with(&Batch { ids, segments }, &mut cache, observer, routing).unwrap();
     model.logits(&hidden, &(0..ids.len()).collect::<Vec<_>>()).unwrap()
 }
