@@ -169,7 +169,7 @@ AnabranchStatus launch_merge(const Args& args, cudaStream_t stream) {
   config.gridDim = args.num_tokens * args.num_heads;
   config.blockDim = kMergeThreads;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, merge, args));
+  return launch_overlapping(merge, config, args);
 }
 
 bool is_empty(const AnabranchAttentionParams& params) {

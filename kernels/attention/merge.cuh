@@ -4,6 +4,7 @@
 #include "attention/args.cuh"
 #include "common/warp.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "ptx/math.cuh"
 
 namespace anabranch::attention {
@@ -13,6 +14,8 @@ constexpr uint32_t kMergeThreads = 128;
 // A block takes a row of out; warp w its splits w, w + 4, w + 8, ..., lane l the elements 4 l to 4 l + 3 of every 128.
 // What the warps found is added in the order of the warps.
 __global__ void __launch_bounds__(kMergeThreads) merge(const __grid_constant__ Args args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   constexpr uint32_t kWarps = kMergeThreads / kWarpSize;
   __shared__ float weights[kMaxSplits];
   __shared__ float4 found[kWarps][kWarpSize];

@@ -142,7 +142,7 @@ AnabranchStatus launch(void (*kernel)(Args), dim3 grid, const Args& args, cudaSt
   config.blockDim = Tile::kThreads;
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, kernel, args));
+  return launch_overlapping(kernel, config, args);
 }
 
 }  // namespace anabranch::attention

@@ -11,6 +11,7 @@
 #include "attention/rows.cuh"
 #include "common/warp.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/ldmatrix_trans.cuh"
 #include "ptx/math.cuh"
@@ -154,6 +155,8 @@ __device__ __forceinline__ void add_values(Sums<Tile>& sums, const Weights<Tile>
 // Grid: x heads of all sequences, y tiles of queries, the last ones first.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) prefill(const __grid_constant__ Args args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t shared_q = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t shared_k = shared_q + Tile::kQueryBytes;

@@ -5,6 +5,7 @@
 
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::block {
 
@@ -26,7 +27,7 @@ struct NormArgs {
 // The weight's types: eight values at a vector's place.
 struct Bf16Weight {
   static __device__ __forceinline__ void read(float (&w)[kVector], const void* weight, uint32_t at) {
-    unpack(w, __ldg(static_cast<const uint4*>(weight) + at));
+    unpack(w, *(static_cast<const uint4*>(weight) + at));
   }
 };
 
@@ -54,6 +55,8 @@ __device__ __forceinline__ float sum_over(float x, uint32_t threads) {
 // that every lane takes part in the sums.
 template <uint32_t kVectors, typename Weight>
 __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   const uint32_t member = threadIdx.x % args.threads;
   const uint64_t row = uint64_t{blockIdx.x} * (blockDim.x / args.threads) + threadIdx.x / args.threads;
   const bool inside = row < args.num_rows;
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormAr
         float a[kVector];
         float b[kVector];
         unpack(a, x[i]);
-        unpack(b, __ldg(args.delta + start + at));
+        unpack(b, args.delta[start + at]);
 #pragma unroll
         for (uint32_t j = 0; j < kVector; ++j) a[j] += b[j];
         x[i] = pack(a);

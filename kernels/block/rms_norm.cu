@@ -68,7 +68,7 @@ AnabranchStatus launch(const NormArgs& args, cudaStream_t stream) {
   const uint32_t rows = config.blockDim.x / args.threads;
   config.gridDim = (args.num_rows - 1) / rows + 1;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, norm_rows<kVectors, Weight>, args));
+  return launch_overlapping(norm_rows<kVectors, Weight>, config, args);
 }
 
 template <typename Weight>

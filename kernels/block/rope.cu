@@ -96,7 +96,7 @@ AnabranchStatus launch(const AnabranchRopeParams& params, cudaStream_t stream) {
   config.gridDim = static_cast<uint32_t>(params.num_tokens);
   config.blockDim = kRopeThreads;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, wide ? rotate_vectors : rotate_elements, args));
+  return launch_overlapping(wide ? rotate_vectors : rotate_elements, config, args);
 }
 
 }  // namespace

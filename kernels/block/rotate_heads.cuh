@@ -5,6 +5,7 @@
 
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::block {
 
@@ -47,7 +48,7 @@ struct alignas(16) Angles {
 // takes no slow path.
 __device__ __forceinline__ void fill_angles(Angles& angles, const RopeArgs& args, float position) {
   for (uint32_t pair = threadIdx.x; pair < args.pairs; pair += blockDim.x) {
-    const double turns = static_cast<double>(position * __ldg(args.frequencies + pair)) * 0.15915494309189535;
+    const double turns = static_cast<double>(position * args.frequencies[pair]) * 0.15915494309189535;
     float sin;
     float cos;
     sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sin, &cos);
@@ -124,11 +125,13 @@ __device__ __forceinline__ void copy_item(const Heads& heads, const uint16_t* fr
 
 // Everything is whole vectors: first, pairs (interleaved: half as many) and head_dim are multiples of 8.
 __global__ void __launch_bounds__(kRopeThreads) rotate_vectors(const __grid_constant__ RopeArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   __shared__ Angles angles;
   const uint64_t token = blockIdx.x;
-  if (args.q.heads + args.k.heads > 0) fill_angles(angles, args, static_cast<float>(__ldg(args.positions + token)));
+  if (args.q.heads + args.k.heads > 0) fill_angles(angles, args, static_cast<float>(args.positions[token]));
   __syncthreads();
-  const uint32_t row = args.cache_rows == nullptr ? 0xffffffffu : static_cast<uint32_t>(__ldg(args.cache_rows + token));
+  const uint32_t row = args.cache_rows == nullptr ? 0xffffffffu : static_cast<uint32_t>(args.cache_rows[token]);
   const bool cached = row < args.num_cache_rows;
   const uint32_t rotary = 2 * args.pairs;
   const uint32_t rotated = args.pairs / (args.interleaved ? kVector / 2 : kVector);
@@ -187,15 +190,17 @@ __device__ __forceinline__ void rotate_any(const RopeArgs& args, const Heads& he
 }
 
 __global__ void __launch_bounds__(kRopeThreads) rotate_elements(const __grid_constant__ RopeArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   __shared__ Angles angles;
   const uint64_t token = blockIdx.x;
-  if (args.q.heads + args.k.heads > 0) fill_angles(angles, args, static_cast<float>(__ldg(args.positions + token)));
+  if (args.q.heads + args.k.heads > 0) fill_angles(angles, args, static_cast<float>(args.positions[token]));
   __syncthreads();
   const Heads& q = args.q;
   const Heads& k = args.k;
   const Heads& v = args.v;
   rotate_any(args, q, q.from + token * q.from_stride, q.to + token * q.to_stride, args.pairs, angles);
-  const uint32_t row = args.cache_rows == nullptr ? 0xffffffffu : static_cast<uint32_t>(__ldg(args.cache_rows + token));
+  const uint32_t row = args.cache_rows == nullptr ? 0xffffffffu : static_cast<uint32_t>(args.cache_rows[token]);
   if (row >= args.num_cache_rows) return;
   rotate_any(args, k, k.from + token * k.from_stride, k.to + row * k.to_stride, args.pairs, angles);
   rotate_any(args, v, v.from + token * v.from_stride, v.to + row * v.to_stride, 0, angles);

@@ -8,6 +8,7 @@
 
 #include "common/launch.cuh"
 #include "common/warp.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch {
 
@@ -28,6 +29,8 @@ struct GatherArgs {
 };
 
 static __global__ void __launch_bounds__(kGatherThreads) gather(const __grid_constant__ GatherArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t item = blockIdx.x * (kGatherThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (item >= args.num_items) return;
@@ -42,7 +45,7 @@ static __global__ void __launch_bounds__(kGatherThreads) gather(const __grid_con
   for (uint32_t i = 0; i < kGatherLoads; ++i) {
     const uint32_t at = first + i * kWarpSize;
     value[i] = make_uint4(args.filler, args.filler, args.filler, args.filler);
-    if (found && at < args.vectors) value[i] = __ldg(from + at);
+    if (found && at < args.vectors) value[i] = from[at];
   }
 #pragma unroll
   for (uint32_t i = 0; i < kGatherLoads; ++i) {
@@ -63,7 +66,7 @@ static AnabranchStatus launch_gather(GatherArgs args, uint64_t rows, uint32_t ve
   config.gridDim = (args.num_items - 1) / (kGatherThreads / kWarpSize) + 1;
   config.blockDim = kGatherThreads;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, gather, args));
+  return launch_overlapping(gather, config, args);
 }
 
 }  // namespace anabranch

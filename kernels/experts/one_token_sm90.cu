@@ -18,16 +18,14 @@
 
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
+#include "common/row_stream.cuh"
 #include "common/warp.cuh"
 #include "experts/one_token.cuh"
 #include "experts/silu.cuh"
 #include "ptx/bulk_copy.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/gpu_scope.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/mma.cuh"
-#include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 
 namespace anabranch::experts {
@@ -35,7 +33,6 @@ namespace {
 
 constexpr uint32_t kThreads = (kOneTokenWarps + 1) * kWarpSize;
 constexpr uint32_t kDepth = kOneTokenSteps;
-constexpr uint32_t kStepBytes = kWarpSize * 16;
 
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   while (!ptx::mbarrier_try_wait(barrier, parity)) {
@@ -75,16 +72,6 @@ struct Places {
         h_there(x_there + 16) {}
 };
 
-// What a block has of a number of things: neighbours, whose weights lie together in memory.
-struct Share {
-  uint32_t first;
-  uint32_t count;
-
-  __device__ __forceinline__ explicit Share(uint32_t all)
-      : first(static_cast<uint32_t>(uint64_t{all} * blockIdx.x / gridDim.x)),
-        count(static_cast<uint32_t>(uint64_t{all} * (blockIdx.x + 1) / gridDim.x) - first) {}
-};
-
 // The token's experts: lane k has the k-th.
 class Chosen {
  public:
@@ -108,155 +95,101 @@ class Chosen {
 };
 
 // One warp's rows of both products, one after another: of the first, gate and up of a column of h, of the second, a
-// column of the result by all experts. `next` is the row whose copies are being asked for, kDepth steps ahead.
-class Multiplier {
+// column of the result by all experts.
+class ExpertRows {
  public:
-  __device__ __forceinline__ Multiplier(const OneTokenArgs& args, const Places& places, const Chosen& chosen,
-                                        uint32_t warp)
-      : args_(args),
-        places_(places),
-        chosen_(chosen),
-        warp_(warp),
-        lane_(threadIdx.x % kWarpSize),
-        ring_(places.ring + warp * kDepth * kStepBytes + lane_ * 16),
-        columns_(args.topk * args.intermediate),
-        results_(args.hidden),
-        next_unit_(warp) {}
+  __device__ __forceinline__ ExpertRows(const OneTokenArgs& args, const Chosen& chosen, const Share& columns,
+                                        const Share& results, uint32_t warp)
+      : args_(args), chosen_(chosen), columns_(columns), results_(results), warp_(warp), unit_(warp) {}
 
-  __device__ __forceinline__ void run() {
-    find_gate();
-    for (uint32_t i = 0; i < kDepth; ++i) ask();
-    wait(places_.x_there, 0);
-    for (uint32_t unit = warp_; unit < columns_.count; unit += kOneTokenWarps) {
-      const uint32_t column = columns_.first + unit;
-      if (!chosen_.is_there(column / args_.intermediate)) continue;
-      const float gate = warp_sum(dot(args_.hidden / kVector, places_.x));
-      const float up = warp_sum(dot(args_.hidden / kVector, places_.x));
-      if (lane_ == 0) args_.h[column] = float_to_bf16(silu_times(gate, up));
-    }
-    if (lane_ == 0) {
-      // Written by ordinary stores, read by the copy engine.
-      ptx::fence_global_proxy();
-      ptx::mbarrier_arrive(places_.gate_done);
-    }
-    wait(places_.h_there, 0);
-    for (uint32_t unit = warp_; unit < results_.count; unit += kOneTokenWarps) {
-      float sum = 0.0f;
-      for (uint32_t k = 0; k < args_.topk; ++k) {
-        if (!chosen_.is_there(k)) continue;
-        const float part = dot(args_.intermediate / kVector, places_.h + k * args_.intermediate * 2);
-        sum = fmaf(chosen_.weight(k), part, sum);
+  __device__ __forceinline__ bool next(const uint4*& row, uint32_t& vectors) {
+    if (!is_down_) {
+      vectors = args_.hidden / kVector;
+      if (is_up_next_) {
+        is_up_next_ = false;
+        unit_ += kOneTokenWarps;
+        row = gate_ + uint64_t{args_.intermediate} * vectors;
+        return true;
       }
-      sum = warp_sum(sum);
-      if (lane_ == 0) args_.out[results_.first + unit] = float_to_bf16(sum);
+      for (; unit_ < columns_.count; unit_ += kOneTokenWarps) {
+        const uint32_t column = columns_.first + unit_;
+        const uint32_t k = column / args_.intermediate;
+        if (!chosen_.is_there(k)) continue;
+        // Of 2n rows an expert.
+        const uint64_t number = uint64_t{2 * chosen_.expert(k) - k} * args_.intermediate + column;
+        gate_ = reinterpret_cast<const uint4*>(args_.gate_up) + number * vectors;
+        row = gate_;
+        is_up_next_ = true;
+        return true;
+      }
+      is_down_ = true;
+      unit_ = warp_;
     }
+    vectors = args_.intermediate / kVector;
+    for (; unit_ < results_.count; unit_ += kOneTokenWarps) {
+      while (slot_ < args_.topk) {
+        const uint32_t k = slot_++;
+        if (!chosen_.is_there(k)) continue;
+        const uint64_t number = uint64_t{chosen_.expert(k)} * args_.hidden + results_.first + unit_;
+        row = reinterpret_cast<const uint4*>(args_.down) + number * vectors;
+        return true;
+      }
+      slot_ = 0;
+    }
+    return false;
   }
 
  private:
-  // This lane's part of the next row's product with a vector in shared memory. The tensor cores do it: what eight times
-  // four lanes have are segments, of the row along M and of the vector along N, and the products of like segments, on
-  // the diagonal, are wanted. That is a sixteenth of what is multiplied, and a sixth of the instructions that unpacking
-  // and multiplying would take.
-  __device__ __forceinline__ float dot(uint32_t vectors, uint32_t vector) {
-    float low[4] = {};
-    float high[4] = {};
-    for (uint32_t at = lane_; at < vectors + lane_; at += kWarpSize) {
-      ptx::cp_async_wait<kDepth - 1>();
-      const uint4 w = ptx::ld_shared_16(ring_ + step_ * kStepBytes);
-      uint4 v = {};
-      if (at < vectors) v = ptx::ld_shared_16(vector + at * 16);
-      // Which of a vector's elements are which k of a product is of no importance as long as both agree.
-      ptx::mma_m16n8k16_bf16(low, {w.x, 0, w.y, 0}, {v.x, v.y});
-      ptx::mma_m16n8k16_bf16(high, {w.z, 0, w.w, 0}, {v.z, v.w});
-      ask();
-    }
-    // Lane l has row l / 4 in columns 2 (l % 4) and the next.
-    const uint32_t row = lane_ / 4;
-    if (lane_ % 4 != row / 2) return 0.0f;
-    return row % 2 == 0 ? low[0] + high[0] : low[1] + high[1];
-  }
-
-  // Asks for the copies of the next step, if there is one, to where the last one was read.
-  __device__ __forceinline__ void ask() {
-    if (left_ > 0) {
-      ptx::cp_async_16(ring_ + step_ * kStepBytes, next_ + lane_, lane_ < left_);
-      if (left_ > kWarpSize) {
-        next_ += kWarpSize;
-        left_ -= kWarpSize;
-      } else {
-        turn();
-      }
-    }
-    ptx::cp_async_commit();
-    step_ = step_ == kDepth - 1 ? 0 : step_ + 1;
-  }
-
-  // To the row after.
-  __device__ __forceinline__ void turn() {
-    if (next_is_down_) {
-      ++next_slot_;
-      find_down();
-    } else if (!next_is_up_) {
-      next_is_up_ = true;
-      next_ = next_row_ + uint64_t{args_.intermediate} * (args_.hidden / kVector);
-      left_ = args_.hidden / kVector;
-    } else {
-      next_is_up_ = false;
-      next_unit_ += kOneTokenWarps;
-      find_gate();
-    }
-  }
-
-  // The next row from next_unit_ on, of an expert that is there.
-  __device__ __forceinline__ void find_gate() {
-    for (; next_unit_ < columns_.count; next_unit_ += kOneTokenWarps) {
-      const uint32_t column = columns_.first + next_unit_;
-      const uint32_t k = column / args_.intermediate;
-      if (!chosen_.is_there(k)) continue;
-      // Of 2n rows an expert.
-      const uint64_t row = uint64_t{2 * chosen_.expert(k) - k} * args_.intermediate + column;
-      left_ = args_.hidden / kVector;
-      next_row_ = reinterpret_cast<const uint4*>(args_.gate_up) + row * left_;
-      next_ = next_row_;
-      return;
-    }
-    next_is_down_ = true;
-    next_unit_ = warp_;
-    find_down();
-  }
-
-  // From next_slot_ of next_unit_ on.
-  __device__ __forceinline__ void find_down() {
-    for (; next_unit_ < results_.count; next_unit_ += kOneTokenWarps) {
-      for (; next_slot_ < args_.topk; ++next_slot_) {
-        if (!chosen_.is_there(next_slot_)) continue;
-        const uint64_t row = uint64_t{chosen_.expert(next_slot_)} * args_.hidden + results_.first + next_unit_;
-        left_ = args_.intermediate / kVector;
-        next_ = reinterpret_cast<const uint4*>(args_.down) + row * left_;
-        return;
-      }
-      next_slot_ = 0;
-    }
-    left_ = 0;
-  }
-
   const OneTokenArgs& args_;
-  const Places& places_;
   const Chosen& chosen_;
+  const Share& columns_;  // of all experts' h
+  const Share& results_;
   uint32_t warp_;
-  uint32_t lane_;
-  uint32_t ring_;  // this lane's part of the first step
-  Share columns_;  // of all experts' h
-  Share results_;
-  uint32_t step_ = 0;
-  const uint4* next_ = nullptr;
-  const uint4* next_row_ = nullptr;  // where the gate's row begins
-  uint32_t left_ = 0;                // vectors of the row, 0 after the last
-  uint32_t next_unit_;
-  uint32_t next_slot_ = 0;
-  bool next_is_up_ = false;
-  bool next_is_down_ = false;
+  uint32_t unit_;
+  uint32_t slot_ = 0;
+  const uint4* gate_ = nullptr;
+  bool is_up_next_ = false;
+  bool is_down_ = false;
 };
+
+// What a warp does for its part of both products.
+__device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places& places, uint32_t warp) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const Chosen chosen(args);
+  const Share columns(args.topk * args.intermediate);
+  const Share results(args.hidden);
+  RowStream<kDepth, ExpertRows> rows(places.ring + warp * kDepth * kStepBytes,
+                                     ExpertRows(args, chosen, columns, results, warp));
+  rows.begin();
+  wait(places.x_there, 0);
+  for (uint32_t unit = warp; unit < columns.count; unit += kOneTokenWarps) {
+    const uint32_t column = columns.first + unit;
+    if (!chosen.is_there(column / args.intermediate)) continue;
+    float part[1];
+    rows.multiply(args.hidden / kVector, places.x, 0, part);
+    const float gate = warp_sum(part[0]);
+    rows.multiply(args.hidden / kVector, places.x, 0, part);
+    const float up = warp_sum(part[0]);
+    if (lane == 0) args.h[column] = float_to_bf16(silu_times(gate, up));
+  }
+  if (lane == 0) {
+    // Written by ordinary stores, read by the copy engine.
+    ptx::fence_global_proxy();
+    ptx::mbarrier_arrive(places.gate_done);
+  }
+  wait(places.h_there, 0);
+  for (uint32_t unit = warp; unit < results.count; unit += kOneTokenWarps) {
+    float sum = 0.0f;
+    for (uint32_t k = 0; k < args.topk; ++k) {
+      if (!chosen.is_there(k)) continue;
+      float part[1];
+      rows.multiply(args.intermediate / kVector, places.h + k * args.intermediate * 2, 0, part);
+      sum = fmaf(chosen.weight(k), part[0], sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) args.out[results.first + unit] = float_to_bf16(sum);
+  }
+}
 
 // One thread brings x and, when all blocks have written it, h.
 __device__ __forceinline__ void bring_vectors(const OneTokenArgs& args, const Places& places) {
@@ -286,8 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_consta
   ptx::wait_for_prerequisites();
   const uint32_t warp = threadIdx.x / kWarpSize;
   if (warp < kOneTokenWarps) {
-    const Chosen chosen(args);
-    Multiplier(args, places, chosen, warp).run();
+    multiply(args, places, warp);
   } else if (threadIdx.x % kWarpSize == 0) {
     bring_vectors(args, places);
   }

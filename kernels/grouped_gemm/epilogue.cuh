@@ -76,7 +76,7 @@ struct Store {
         const uint32_t column = first_column + (group + j) * 8 + lane % 4 * 2;
         const bool given = !kPaired && args.bias != nullptr && column < args.columns;
         const uint64_t from = static_cast<uint64_t>(at.expert) * args.columns + column;
-        bias[j] = given ? __ldg(reinterpret_cast<const float2*>(args.bias + from)) : float2{0.0f, 0.0f};
+        bias[j] = given ? *(reinterpret_cast<const float2*>(args.bias + from)) : float2{0.0f, 0.0f};
       }
 #pragma unroll
       for (uint32_t i = 0; i < Tile::kMmaM; ++i) {

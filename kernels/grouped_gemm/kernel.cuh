@@ -12,11 +12,14 @@
 #include "grouped_gemm/fragments.cuh"
 #include "grouped_gemm/loader.cuh"
 #include "grouped_gemm/scheduler.cuh"
+#include "ptx/grid_dependency.cuh"
 
 namespace anabranch::grouped_gemm {
 
 template <class Tile, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) multiply(const __grid_constant__ Args args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   uint32_t* rows = reinterpret_cast<uint32_t*>(shared + Tile::kStages * Tile::kStageBytes);
@@ -104,7 +107,7 @@ AnabranchStatus launch_tile(const Device& device, Args args, cudaStream_t stream
   config.blockDim = Tile::kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  return checked(cudaLaunchKernelEx(&config, kernel, args));
+  return launch_overlapping(kernel, config, args);
 }
 
 template <Epilogue kEpilogue>

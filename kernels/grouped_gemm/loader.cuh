@@ -84,7 +84,7 @@ class Loader {
     if (threadIdx.x < Tile::kM) {
       const bool valid = threadIdx.x < at.rows;
       uint32_t row = at.first_row + threadIdx.x;
-      if (args_.slots != nullptr && valid) row = __ldg(args_.slots + row) / args_.topk;
+      if (args_.slots != nullptr && valid) row = args_.slots[row] / args_.topk;
       rows_[threadIdx.x] = valid && row < args_.x_rows ? row : kNone;
     }
     const uint32_t row = threadIdx.x / 8;

@@ -28,7 +28,7 @@ class Schedule {
       : offsets_(words), first_tile_(words + args.experts + 1), experts_(args.experts), columns_(args.column_tiles) {
     for (uint32_t expert = threadIdx.x; expert <= args.experts; expert += Tile::kThreads) {
       // Offsets past the end would be written through: they are not believed.
-      const uint32_t offset = args.offsets == nullptr ? (expert == 0 ? 0 : args.rows) : __ldg(args.offsets + expert);
+      const uint32_t offset = args.offsets == nullptr ? (expert == 0 ? 0 : args.rows) : args.offsets[expert];
       offsets_[expert] = offset < args.rows ? offset : args.rows;
     }
     __syncthreads();

@@ -442,6 +442,38 @@ typedef struct AnabranchGroupedGemmParams {
 
 // Multiplies. `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params, AnabranchStream stream);
+
+// ---- linear ----
+
+// A dense product of a few tokens: y = x W^T + b, or silu(gate) * up. With more tokens it is a grouped GEMM of one
+// expert.
+typedef struct AnabranchLinearParams {
+  // T, at most 8, fewer where x would not fit into a block's memory: see anabranch_linear_takes.
+  uint64_t num_tokens;
+  // d, columns of x: a multiple of 8, 8 to 2^30.
+  uint32_t in_features;
+  // n, columns of y: a multiple of 8, 8 to 2^30.
+  uint32_t out_features;
+  // ANABRANCH_EPILOGUE_LINEAR or ANABRANCH_EPILOGUE_SWIGLU.
+  AnabranchEpilogue epilogue;
+  // ANABRANCH_DTYPE_BF16 or ANABRANCH_DTYPE_F32.
+  AnabranchDtype y_dtype;
+  // [T, d] bf16, on 16 bytes.
+  const void* x;
+  // [n, d] bf16, with ANABRANCH_EPILOGUE_SWIGLU [2 n, d]; on 16 bytes.
+  const void* weights;
+  // [n] or null.
+  const float* bias;
+  // [T, n], on 4 bytes; overlaps nothing that is read.
+  void* y;
+} AnabranchLinearParams;
+
+// Whether anabranch_linear takes so many tokens of this width on the current device. `takes` is a host pointer.
+AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint32_t* takes);
+
+// Multiplies. `params` is a host pointer, read before this returns.
+AnabranchStatus anabranch_linear(const AnabranchLinearParams* params, AnabranchStream stream);
+
 // ---- attention ----
 
 // Causal attention of the newest tokens of several sequences over a cache of keys and values.

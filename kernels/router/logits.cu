@@ -45,7 +45,7 @@ AnabranchStatus launch_few(const LogitsArgs& args, cudaStream_t stream) {
     config.gridDim = dim3((args.num_experts - 1) / kLogitExperts + 1, (part.num_tokens - 1) / (8 * kTiles) + 1);
     config.blockDim = kLogitThreads;
     config.stream = stream;
-    ANABRANCH_TRY(checked(cudaLaunchKernelEx(&config, multiply_gate<kTiles>, part)));
+    ANABRANCH_TRY(launch_overlapping(multiply_gate<kTiles>, config, part));
   }
   return ANABRANCH_STATUS_OK;
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/warp.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "ptx/mma.cuh"
 
 namespace anabranch::router {
@@ -26,7 +27,7 @@ struct LogitsArgs {
 // Eight elements of a row, zeros where there is no row or the row has ended.
 __device__ __forceinline__ uint4 load_vector(const uint4* rows, bool there, uint32_t row, uint32_t vectors,
                                              uint32_t at) {
-  return there && at < vectors ? __ldg(rows + uint64_t{row} * vectors + at) : make_uint4(0, 0, 0, 0);
+  return there && at < vectors ? rows[uint64_t{row} * vectors + at] : make_uint4(0, 0, 0, 0);
 }
 
 // kTiles tiles of 8 tokens. The order of a sum hangs on d alone: chunk c goes to warp c % 16, a warp adds its chunks in
@@ -35,6 +36,8 @@ __device__ __forceinline__ uint4 load_vector(const uint4* rows, bool there, uint
 // NaN stays with it.
 template <uint32_t kTiles>
 static __global__ void __launch_bounds__(kLogitThreads) multiply_gate(const __grid_constant__ LogitsArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   constexpr uint32_t kTokens = 8 * kTiles;
   __shared__ float sums[kLogitWarps][kTokens][kLogitExperts + 1];
   const uint32_t warp = threadIdx.x / kWarpSize;

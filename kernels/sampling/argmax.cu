@@ -65,10 +65,10 @@ AnabranchStatus launch(const AnabranchArgmaxParams& params, cudaStream_t stream)
   config.gridDim = args.num_rows * args.chunks;
   config.blockDim = kThreads;
   config.stream = stream;
-  ANABRANCH_TRY(checked(cudaLaunchKernelEx(&config, best_of_chunk<Logits>, args)));
+  ANABRANCH_TRY(launch_overlapping(best_of_chunk<Logits>, config, args));
   if (args.chunks == 1) return ANABRANCH_STATUS_OK;
   config.gridDim = (args.num_rows - 1) / kWarps + 1;
-  return checked(cudaLaunchKernelEx(&config, best_of_row, args));
+  return launch_overlapping(best_of_row, config, args);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ptx/grid_dependency.cuh"
 #include "sampling/candidate.cuh"
 
 namespace anabranch::sampling {
@@ -24,6 +25,8 @@ struct Args {
 
 template <typename Logits>
 __global__ void __launch_bounds__(kThreads) best_of_chunk(const __grid_constant__ Args args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   constexpr uint32_t kWidth = Logits::kWidth;
   const uint32_t row = blockIdx.x / args.chunks;
   const uint32_t first = blockIdx.x % args.chunks * kChunk;
@@ -60,6 +63,8 @@ __global__ void __launch_bounds__(kThreads) best_of_chunk(const __grid_constant_
 
 // A warp a row.
 __global__ void __launch_bounds__(kThreads) best_of_row(const __grid_constant__ Args args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t row = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
   if (row >= args.num_rows) return;

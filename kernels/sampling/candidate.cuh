@@ -39,10 +39,10 @@ __device__ __forceinline__ uint64_t warp_largest(uint64_t x) {
 struct FloatLogits {
   static constexpr uint32_t kWidth = 4;
   static __device__ __forceinline__ float read(const void* logits, uint64_t at) {
-    return __ldg(static_cast<const float*>(logits) + at);
+    return static_cast<const float*>(logits)[at];
   }
   static __device__ __forceinline__ void read(float (&x)[kWidth], const void* logits, uint64_t at) {
-    const float4 packed = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(logits) + at));
+    const float4 packed = *(reinterpret_cast<const float4*>(static_cast<const float*>(logits) + at));
     x[0] = packed.x, x[1] = packed.y, x[2] = packed.z, x[3] = packed.w;
   }
 };
@@ -50,10 +50,10 @@ struct FloatLogits {
 struct Bf16Logits {
   static constexpr uint32_t kWidth = kVector;
   static __device__ __forceinline__ float read(const void* logits, uint64_t at) {
-    return bf16_to_float(__ldg(static_cast<const uint16_t*>(logits) + at));
+    return bf16_to_float(static_cast<const uint16_t*>(logits)[at]);
   }
   static __device__ __forceinline__ void read(float (&x)[kWidth], const void* logits, uint64_t at) {
-    unpack(x, __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(logits) + at)));
+    unpack(x, *(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(logits) + at)));
   }
 };
 

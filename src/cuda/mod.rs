@@ -12,6 +12,7 @@ mod attention;
 mod checks;
 mod combine;
 mod device;
+mod graph;
 mod grouped_gemm;
 mod launch;
 mod linear;
@@ -35,6 +36,7 @@ pub use combine::{CombineInput, combine, combine_into};
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
 pub use device::Device;
+pub use graph::{Graph, Recording};
 pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
 pub use linear::{LinearInput, linear, linear_into};
 pub use moe_layer::{Arch, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, TopkBuffers};

@@ -118,6 +118,7 @@ launcher!(
     needs [x: 16, weights: 16, y: 16],
     may [bias: 8, expert_offsets: 4, row_slots: 4]
 );
+launcher!(anabranch_linear(AnabranchLinearParams), needs [x: 16, weights: 16, y: 4], may [bias: 4]);
 launcher!(
     anabranch_attention(AnabranchAttentionParams),
     needs [q: 16, keys: 16, values: 16, q_offsets: 4, kv_lengths: 4, block_table: 4, table_starts: 4, out: 16],
@@ -165,6 +166,10 @@ query!(
 query!(
     anabranch_permute_workspace(num_tokens: u64, topk: u32, num_experts: u32, bytes: *mut u64),
     needs [bytes]
+);
+query!(
+    anabranch_linear_takes(num_tokens: u64, in_features: u32, takes: *mut u32),
+    needs [takes]
 );
 query!(anabranch_argmax_workspace(num_rows: u64, vocab_size: u64, bytes: *mut u64), needs [bytes]);
 query!(

@@ -1,5 +1,7 @@
 //! What a device does for a model: whole steps, coarse enough that a backend may fuse inside each.
 
+use anabranch::{Sampling, reference::sample};
+
 use crate::{
     Config, Error, Result,
     weights::{AttentionWeights, FeedForwardWeights, StoredLinear},
@@ -52,6 +54,12 @@ pub(crate) fn check_row(row: usize, rows: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::Input(format!("row {row} of {rows} rows of hidden states does not exist")))
+}
+
+/// The token of each row of logits that is the most probable, or why there is none.
+pub(crate) fn most_probable(logits: &[f32], vocab_size: usize) -> Vec<Result<u32>> {
+    let rows = logits.chunks_exact(vocab_size.max(1));
+    rows.map(|row| Ok(sample(&Sampling::greedy(), row, &[], 0.0)?)).collect()
 }
 
 /// A device that runs a model's steps. The model is written once over this trait.
@@ -169,5 +177,30 @@ pub trait Backend {
     ) -> Result<Vec<f32>> {
         let hidden = self.hidden(config, norm, cache)?;
         self.logits(config, head, &hidden, rows)
+    }
+    /// [`Backend::last_logits`], of whose rows it returns what [`sample`] makes of them with [`Sampling::greedy`].
+    ///
+    /// # Errors
+    /// Those of [`Backend::last_logits`]. A row without a distribution is its own error.
+    fn last_tokens(
+        &self,
+        config: &Config,
+        norm: &Self::Norm,
+        head: &Self::Table,
+        rows: &[usize],
+        cache: &mut Self::Cache,
+    ) -> Result<Vec<Result<u32>>> {
+        Ok(most_probable(&self.last_logits(config, norm, head, rows, cache)?, config.vocab_size))
+    }
+
+    /// Announces a pass that ends with [`Backend::last_logits`] or [`Backend::last_tokens`] of each segment's last token, and that
+    /// nobody looks at on its way: a backend may have recorded it. True if it did and runs it, so that the steps from
+    /// [`Backend::embed`] on are to be left out.
+    ///
+    /// # Errors
+    /// Those of [`Backend::embed`].
+    fn replay(&self, batch: &Batch<'_>, cache: &mut Self::Cache) -> Result<bool> {
+        let _ = (batch, cache);
+        Ok(false)
     }
 }

@@ -15,6 +15,7 @@ use rand_chacha::{
 
 use crate::{
     BLOCK_SIZE, Batch, Error, Result, Segment,
+    backend::most_probable,
     blocks::{Pool, Table},
 };
 
@@ -38,6 +39,15 @@ pub trait Forward {
     /// # Errors
     /// If the batch does not continue its sequences, or an operation fails.
     fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>>;
+
+    /// [`Forward::forward`], of whose rows it returns what [`sample`] makes of them with [`Sampling::greedy`]: who computes elsewhere
+    /// than on the host need not bring logits there.
+    ///
+    /// # Errors
+    /// Those of [`Forward::forward`]. A row without a distribution is its own error.
+    fn greedy(&mut self, batch: &Batch<'_>) -> Result<Vec<Result<u32>>> {
+        Ok(most_probable(&self.forward(batch)?, self.vocab_size()))
+    }
 }
 
 impl<F: Forward + ?Sized> Forward for &mut F {
@@ -55,6 +65,10 @@ impl<F: Forward + ?Sized> Forward for &mut F {
 
     fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
         (**self).forward(batch)
+    }
+
+    fn greedy(&mut self, batch: &Batch<'_>) -> Result<Vec<Result<u32>>> {
+        (**self).greedy(batch)
     }
 }
 
@@ -236,28 +250,39 @@ impl<F: Forward> Engine<F> {
             ids.extend_from_slice(&all[*position..position + len]);
             segments.push(Segment { blocks: &table.blocks, position: *position, len });
         }
-        let logits = self.model.forward(&Batch { ids: &ids, segments: &segments })?;
-        let vocab_size = self.model.vocab_size();
-        if logits.len() != segments.len() * vocab_size {
-            let expected = format!("{} rows of {vocab_size}", segments.len());
-            let (operation, argument, got) = ("engine", "logits", logits.len().to_string());
-            return Err(anabranch::Error::Shape { operation, argument, expected, got }.into());
+        let batch = Batch { ids: &ids, segments: &segments };
+        let next = if scheduled.iter().all(|&(index, _)| self.running[index].is_greedy()) {
+            self.model.greedy(&batch)?.into_iter().map(Next::Token).collect()
+        } else {
+            Self::rows(&self.model.forward(&batch)?, self.model.vocab_size())
+        };
+        if next.len() != segments.len() {
+            let (operation, argument, expected) = ("engine", "logits", format!("{} rows", segments.len()));
+            return Err(anabranch::Error::Shape { operation, argument, expected, got: next.len().to_string() }.into());
         }
 
         let mut step = Step::default();
-        for (logits, &(index, len)) in logits.chunks_exact(vocab_size).zip(&scheduled) {
+        for (next, &(index, len)) in next.into_iter().zip(&scheduled) {
             let sequence = &mut self.running[index];
             *if len > 1 || sequence.in_prompt() { &mut step.prompt_tokens } else { &mut step.decode_tokens } += len;
             sequence.computed += len;
             self.pool.learn(&mut sequence.table, &sequence.ids[..sequence.computed]);
             if sequence.left() == 0 {
-                step.events.push(sequence.advance(logits));
+                step.events.push(sequence.advance(next));
             }
         }
         for done in self.running.extract_if(.., |sequence| sequence.done) {
             self.pool.release(done.table);
         }
         Ok(step)
+    }
+
+    /// Logits row by row; none if they are no whole rows.
+    fn rows(logits: &[f32], vocab_size: usize) -> Vec<Next> {
+        if vocab_size == 0 || !logits.len().is_multiple_of(vocab_size) {
+            return Vec::new();
+        }
+        logits.chunks_exact(vocab_size).map(|row| Next::Logits(row.to_vec())).collect()
     }
 
     /// Which running requests go into the next pass, and how many of their tokens. Makes room for these in the cache.
@@ -349,6 +374,12 @@ pub(crate) fn longest(prompt: &[u32], max_new_tokens: usize, max_position_embedd
     prompt.len().saturating_add(max_new_tokens).min(max_position_embeddings)
 }
 
+/// What a pass says of a sequence's next token.
+enum Next {
+    Token(Result<u32>),
+    Logits(Vec<f32>),
+}
+
 /// A request and what was made of it so far.
 #[derive(Debug)]
 struct Sequence {
@@ -400,16 +431,27 @@ impl Sequence {
         self.left().min(most - self.computed % most)
     }
 
-    /// Draws the next token.
-    fn advance(&mut self, logits: &[f32]) -> Event {
-        // 53 bits, all that a float64 in [0, 1) distinguishes evenly.
-        let u = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+    /// Whether its tokens are always the most probable ones, so that nothing else need be known of the logits.
+    fn is_greedy(&self) -> bool {
+        self.sampling.temperature() == 0.0 && self.sampling.repetition_penalty() == 1.0
+    }
+
+    /// Takes the next token, or draws it.
+    fn advance(&mut self, next: Next) -> Event {
         let request = self.id;
-        let id = match sample(&self.sampling, logits, &self.ids, u) {
+        let id = match next {
+            Next::Token(id) => id,
+            Next::Logits(logits) => {
+                // 53 bits, all that a float64 in [0, 1) distinguishes evenly.
+                let u = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+                sample(&self.sampling, &logits, &self.ids, u).map_err(Into::into)
+            }
+        };
+        let id = match id {
             Ok(id) => id,
             Err(error) => {
                 self.done = true;
-                return Event::Failed { request, error: error.into() };
+                return Event::Failed { request, error };
             }
         };
         self.ids.push(id);

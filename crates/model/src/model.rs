@@ -244,6 +244,22 @@ impl<'a, B: Backend> Session<'a, B> {
     }
 }
 
+impl<B: Backend> Session<'_, B> {
+    /// A pass up to its end, and the last row of each segment.
+    fn pass(&mut self, batch: &Batch<'_>) -> Result<Vec<usize>> {
+        let (model, routing) = (self.model, GivenRouting::new());
+        model.check(batch, &routing)?;
+        if !model.backend.replay(batch, &mut self.cache)? {
+            model.run(batch, &mut self.cache, &mut None, &routing)?;
+        }
+        let ends = batch.segments.iter().scan(0, |end, segment| {
+            *end += segment.len;
+            Some(*end - 1)
+        });
+        Ok(ends.collect())
+    }
+}
+
 impl<B: Backend> Forward for Session<'_, B> {
     fn vocab_size(&self) -> usize {
         self.model.config.vocab_size
@@ -259,16 +275,14 @@ impl<B: Backend> Forward for Session<'_, B> {
     }
 
     fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
+        let last = self.pass(batch)?;
         let model = self.model;
-        model.run(batch, &mut self.cache, &mut None, &GivenRouting::new())?;
-        let last: Vec<usize> = batch
-            .segments
-            .iter()
-            .scan(0, |end, segment| {
-                *end += segment.len;
-                Some(*end - 1)
-            })
-            .collect();
         model.backend.last_logits(&model.config, &model.norm, model.lm_head(), &last, &mut self.cache)
+    }
+
+    fn greedy(&mut self, batch: &Batch<'_>) -> Result<Vec<Result<u32>>> {
+        let last = self.pass(batch)?;
+        let model = self.model;
+        model.backend.last_tokens(&model.config, &model.norm, model.lm_head(), &last, &mut self.cache)
     }
 }

@@ -5,6 +5,7 @@ use half::bf16;
 
 use super::{
     attention,
+    graphs::Graphs,
     memory::{Buffer, Gpu, Purpose, explain},
     workspace::Workspace,
 };
@@ -17,6 +18,8 @@ use crate::{
 /// step.
 #[derive(Debug)]
 pub struct CudaCache {
+    /// Before the buffers that they work with.
+    pub(super) graphs: Graphs,
     pub(super) layers: Vec<LayerCache>,
     written: Written,
     pub(super) rope: RopeTable,
@@ -70,7 +73,8 @@ impl CudaCache {
         let layers = Self::layers(gpu, config, rows)?;
         let rope = RopeTable::new(&gpu.stream, &config.rope)?;
         let batch = DeviceBatch::new(gpu, attention::latent_heads(config), rows)?;
-        Ok(Self { layers, written: Written::new(blocks), rope, batch, work: Workspace::new(gpu, config)? })
+        let (written, work) = (Written::new(blocks), Workspace::new(gpu, config)?);
+        Ok(Self { graphs: Graphs::default(), layers, written, rope, batch, work })
     }
 
     fn layers(gpu: &Gpu, config: &Config, rows: usize) -> Result<Vec<LayerCache>> {
@@ -162,6 +166,11 @@ impl DeviceBatch {
         (self.tokens, self.segments) = (tokens, segments);
         (self.max_q_len, self.max_kv_len) = (numbers.max_q_len, longest.next_multiple_of(CONTEXT_STEP));
         Ok(())
+    }
+
+    /// The longest context, rounded up.
+    pub(super) fn max_kv_len(&self) -> usize {
+        self.max_kv_len
     }
 
     pub(super) fn ids(&self) -> Result<View<'_, u32>> {

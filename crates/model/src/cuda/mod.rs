@@ -1,10 +1,11 @@
 //! The GPU backend: anabranch's CUDA operations, weights and activations in bf16.
 //!
 //! A step launches and returns: it allocates nothing once its buffers are there ([`CudaCache`] keeps them), and waits for nothing, so that
-//! a decode step could be captured in a CUDA graph as it is. What waits is what the host asks for: logits, hidden states, expert ids.
+//! decode steps become CUDA graphs as they are. What waits is what the host asks for: logits, tokens, hidden states, expert ids.
 
 mod attention;
 mod cache;
+mod graphs;
 mod layers;
 mod load;
 mod memory;
@@ -17,7 +18,10 @@ pub use layers::Norm as CudaNorm;
 pub use memory::GpuUsage;
 pub use moe::CudaFeedForward;
 
-use anabranch::cuda::{Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, embedding, embedding_into, linear};
+use anabranch::cuda::{
+    Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, argmax_into, argmax_workspace, embedding,
+    embedding_into, linear,
+};
 use half::bf16;
 
 use self::{
@@ -27,7 +31,7 @@ use self::{
 };
 use crate::{
     Backend, Batch, Config, Error, Result,
-    backend::{Routed, check_row},
+    backend::{Routed, check_row, most_probable},
     weights::{AttentionWeights, FeedForwardWeights, StoredLinear},
 };
 
@@ -117,7 +121,9 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, config: &Config, table: &CudaTable, batch: &Batch<'_>, cache: &mut CudaCache) -> Result<()> {
-        cache.begin(&self.gpu, batch)?;
+        if !cache.graphs.has_begun() {
+            cache.begin(&self.gpu, batch)?;
+        }
         let CudaCache { batch, work, .. } = cache;
         let x = &mut work.begin().part_mut(0, [batch.tokens, pad(config.hidden_size)])?;
         Ok(embedding_into(&self.gpu.stream, &table.0.weight(), &batch.ids()?, x)?)
@@ -195,25 +201,72 @@ impl Backend for Cuda {
         rows: &[usize],
         cache: &mut CudaCache,
     ) -> Result<Vec<f32>> {
-        let CudaCache { batch, work, .. } = cache;
-        let (gpu, stream) = (&self.gpu, &self.gpu.stream);
-        let (width, vocab, count) = (pad(config.hidden_size), head.0.out(), rows.len());
-        work.norm(gpu, norm, batch.tokens)?;
-        let rows = row_numbers(rows, batch.tokens)?;
-        gpu.reserve(&mut work.rows, count)?;
-        gpu.reserve(&mut work.picked, count * width)?;
-        gpu.reserve(&mut work.logits, count * vocab)?;
-        stream.upload_into(&rows, &mut work.rows.part_mut(0, [count])?)?;
-        let x = work.normed.part(0, [batch.tokens, width])?;
-        let picked = &mut work.picked.part_mut(0, [count, width])?;
-        embedding_into(stream, &x, &work.rows.part(0, [count])?, picked)?;
-        let picked = work.picked.part(0, [count, width])?;
-        head.0.run(stream, picked, &mut work.logits.part_mut(0, [count, vocab])?)?;
-        self.download_f32(&work.logits.part(0, [count, vocab])?, config.vocab_size)
+        self.finish(config, norm, head, rows, cache)?;
+        self.download_f32(&cache.work.logits.part(0, [rows.len(), head.0.out()])?, config.vocab_size)
+    }
+
+    fn last_tokens(
+        &self,
+        config: &Config,
+        norm: &CudaNorm,
+        head: &CudaTable,
+        rows: &[usize],
+        cache: &mut CudaCache,
+    ) -> Result<Vec<Result<u32>>> {
+        if head.0.out() != config.vocab_size {
+            // What pads a row may be its largest.
+            return Ok(most_probable(&self.last_logits(config, norm, head, rows, cache)?, config.vocab_size));
+        }
+        self.finish(config, norm, head, rows, cache)?;
+        let tokens = self.gpu.stream.download(&cache.work.tokens.part(0, [rows.len()])?)?;
+        let refused = || Error::Input("logits hold NaN or plus infinity: there is no token to draw".to_owned());
+        Ok(tokens.into_iter().map(|token| u32::try_from(token).map_err(|_| refused())).collect())
+    }
+
+    fn replay(&self, batch: &Batch<'_>, cache: &mut CudaCache) -> Result<bool> {
+        cache.replay(&self.gpu, batch)
     }
 }
 
 impl Cuda {
+    /// Ends a pass: logits of some rows and each one's most probable token, in the workspace.
+    fn finish(
+        &self,
+        config: &Config,
+        norm: &CudaNorm,
+        head: &CudaTable,
+        rows: &[usize],
+        cache: &mut CudaCache,
+    ) -> Result<()> {
+        if cache.graphs.replayed() {
+            return Ok(());
+        }
+        let CudaCache { graphs, batch, work, .. } = cache;
+        let (gpu, stream) = (&self.gpu, &self.gpu.stream);
+        let (width, vocab, count) = (pad(config.hidden_size), head.0.out(), rows.len());
+        work.norm(gpu, norm, batch.tokens)?;
+        let rows = row_numbers(rows, batch.tokens)?;
+        let bytes = argmax_workspace(count, vocab)?;
+        gpu.reserve(&mut work.logits, count * vocab)?;
+        gpu.reserve(&mut work.tokens, count)?;
+        gpu.reserve(&mut work.bytes, bytes)?;
+        // Decode steps want every row.
+        let all = count == batch.tokens && rows.iter().enumerate().all(|(index, row)| index == *row as usize);
+        if !all {
+            gpu.reserve(&mut work.rows, count)?;
+            gpu.reserve(&mut work.picked, count * width)?;
+            stream.upload_into(&rows, &mut work.rows.part_mut(0, [count])?)?;
+            let x = work.normed.part(0, [batch.tokens, width])?;
+            let picked = &mut work.picked.part_mut(0, [count, width])?;
+            embedding_into(stream, &x, &work.rows.part(0, [count])?, picked)?;
+        }
+        let x = if all { &work.normed } else { &work.picked };
+        head.0.run(stream, x.part(0, [count, width])?, &mut work.logits.part_mut(0, [count, vocab])?)?;
+        let (logits, tokens) = (work.logits.part(0, [count, vocab])?, &mut work.tokens.part_mut(0, [count])?);
+        argmax_into(stream, &logits, &mut work.bytes.view_mut(), tokens)?;
+        graphs.finish()
+    }
+
     /// The first `width` columns as float32.
     fn download(&self, x: &View<'_, bf16>, width: usize) -> Result<Vec<f32>> {
         let values: Vec<f32> = self.gpu.stream.download(x)?.into_iter().map(bf16::to_f32).collect();

@@ -41,10 +41,11 @@ pub(super) struct Workspace {
     pub(super) bytes: Buffer<u8>,
     /// The routed experts' plan for as many tokens as there is room for.
     pub(super) moe: Option<MoeLayer>,
-    /// Rows of `normed` that logits are wanted of, these rows, and their logits.
+    /// Rows of `normed` that logits are wanted of, these rows, their logits, and the most probable tokens.
     pub(super) rows: Buffer<u32>,
     pub(super) picked: Buffer<bf16>,
     pub(super) logits: Buffer<f32>,
+    pub(super) tokens: Buffer<i32>,
 }
 
 /// Elements a token.
@@ -105,6 +106,7 @@ impl Workspace {
             rows: none(gpu)?,
             picked: none(gpu)?,
             logits: none(gpu)?,
+            tokens: none(gpu)?,
         })
     }
 

@@ -1,0 +1,103 @@
+//! Decode steps as CUDA graphs. A step of as many sequences, up to as long a context, launches what the step before did, on the same
+//! buffers: the first one runs as it comes, the second is recorded, and all others are one launch.
+
+use anabranch::cuda::{Graph, Recording};
+
+use super::{cache::CudaCache, memory::Gpu};
+use crate::{Batch, Result};
+
+/// Steps of more sequences than this are not recorded: their launches take less time than their work.
+const MOST_SEQUENCES: usize = 256;
+/// Graphs that are kept; the oldest make room.
+const MOST_GRAPHS: usize = 32;
+
+/// What makes two steps the same launches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Key {
+    tokens: usize,
+    max_kv_len: usize,
+    /// The count of allocations: after another one, a buffer may be elsewhere.
+    allocations: u64,
+}
+
+/// A cache's graphs, and the part that they have in the pass under way.
+#[derive(Debug, Default)]
+pub(super) struct Graphs {
+    pass: Pass,
+    /// The step that came last, if it was not recorded.
+    seen: Option<Key>,
+    recorded: Vec<(Key, Graph)>,
+}
+
+#[derive(Debug, Default)]
+enum Pass {
+    /// Launched step by step.
+    #[default]
+    Plain,
+    /// Announced: its batch is on the GPU.
+    Begun,
+    /// On its way into a graph. Whatever ends the pass early ends the recording.
+    Recorded(Key, Recording),
+    Replayed,
+}
+
+impl Graphs {
+    /// Whether the pass's steps have been launched as a graph.
+    pub(super) fn replayed(&self) -> bool {
+        matches!(self.pass, Pass::Replayed)
+    }
+
+    /// Whether the batch of the pass that begins is on the GPU already. A pass that was not announced is not recorded.
+    pub(super) fn has_begun(&mut self) -> bool {
+        match &self.pass {
+            Pass::Recorded(..) => true,
+            Pass::Begun => {
+                self.pass = Pass::Plain;
+                true
+            }
+            Pass::Plain | Pass::Replayed => {
+                self.pass = Pass::Plain;
+                false
+            }
+        }
+    }
+
+    /// Everything up to the pass's results is launched: what was recorded runs.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        if let Pass::Recorded(key, recording) = std::mem::take(&mut self.pass) {
+            let graph = recording.finish()?;
+            graph.launch()?;
+            if self.recorded.len() == MOST_GRAPHS {
+                self.recorded.remove(0);
+            }
+            self.recorded.push((key, graph));
+        }
+        Ok(())
+    }
+}
+
+impl CudaCache {
+    /// Begins a pass that may be a recorded one: true if it is, and runs.
+    pub(super) fn replay(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<bool> {
+        // A recording that a failure left ends here.
+        self.graphs.pass = Pass::Plain;
+        let decodes = batch.segments.iter().all(|segment| segment.len == 1);
+        if !decodes || batch.ids.is_empty() || batch.ids.len() > MOST_SEQUENCES {
+            return Ok(false);
+        }
+        self.begin(gpu, batch)?;
+        let (tokens, max_kv_len) = (self.batch.tokens, self.batch.max_kv_len());
+        let key = Key { tokens, max_kv_len, allocations: gpu.usage().allocations };
+        let graphs = &mut self.graphs;
+        graphs.recorded.retain(|(recorded, _)| recorded.allocations == key.allocations);
+        if let Some((_, graph)) = graphs.recorded.iter().find(|(recorded, _)| *recorded == key) {
+            graph.launch()?;
+            graphs.pass = Pass::Replayed;
+            return Ok(true);
+        }
+        graphs.pass =
+            if graphs.seen == Some(key) { Pass::Recorded(key, Recording::begin(&gpu.stream)?) } else { Pass::Begun };
+        graphs.seen = Some(key);
+        Ok(false)
+    }
+}
