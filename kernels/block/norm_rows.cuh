@@ -6,6 +6,7 @@
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace anabranch::block {
 
@@ -26,12 +27,14 @@ struct NormArgs {
 
 // The weight's types: eight values at a vector's place.
 struct Bf16Weight {
+  static constexpr uint32_t kBytes = 2 * kVector;
   static __device__ __forceinline__ void read(float (&w)[kVector], const void* weight, uint32_t at) {
     unpack(w, *(static_cast<const uint4*>(weight) + at));
   }
 };
 
 struct FloatWeight {
+  static constexpr uint32_t kBytes = 4 * kVector;
   static __device__ __forceinline__ void read(float (&w)[kVector], const void* weight, uint32_t at) {
     load(w, static_cast<const float4*>(weight) + 2 * at);
   }
@@ -56,6 +59,10 @@ __device__ __forceinline__ float sum_over(float x, uint32_t threads) {
 template <uint32_t kVectors, typename Weight>
 __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormArgs args) {
   ptx::launch_dependents();
+  // No launch before writes the weight; and if one did, this were no reading.
+  for (uint32_t line = threadIdx.x; line < args.vectors * Weight::kBytes / 128; line += blockDim.x) {
+    ptx::prefetch_l2(static_cast<const char*>(args.weight) + line * 128);
+  }
   ptx::wait_for_prerequisites();
   const uint32_t member = threadIdx.x % args.threads;
   const uint64_t row = uint64_t{blockIdx.x} * (blockDim.x / args.threads) + threadIdx.x / args.threads;
@@ -64,13 +71,16 @@ __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormAr
   const uint32_t head = static_cast<uint32_t>(row) % args.heads;
   const uint64_t start = token * args.x_stride + head * args.vectors;
 
+  // All loads before the first store, which the compiler could not tell to be elsewhere.
   uint4 x[kVectors];
+  uint4 delta[kVectors];
   float sum = 0.0f;
 #pragma unroll
   for (uint32_t i = 0; i < kVectors; ++i) {
     const uint32_t at = member + i * args.threads;
-    x[i] = make_uint4(0, 0, 0, 0);
-    if (inside && at < args.vectors) x[i] = args.x[start + at];
+    const bool there = inside && at < args.vectors;
+    x[i] = there ? args.x[start + at] : uint4{};
+    delta[i] = there && args.delta != nullptr ? args.delta[start + at] : uint4{};
   }
   if (args.delta != nullptr) {
 #pragma unroll
@@ -80,7 +90,7 @@ __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormAr
         float a[kVector];
         float b[kVector];
         unpack(a, x[i]);
-        unpack(b, args.delta[start + at]);
+        unpack(b, delta[i]);
 #pragma unroll
         for (uint32_t j = 0; j < kVector; ++j) a[j] += b[j];
         x[i] = pack(a);

@@ -8,8 +8,8 @@
 //
 // Arithmetic is float32; the residual stream stays bf16, as Transformers has it, and what is normed is the rounded sum.
 // A group of threads takes a row and keeps it in registers: 8 to 32 threads with one vector of 16 bytes each up to a
-// width of 256 (heads), a warp with up to 8 each to 2,048, a block beyond. The choice hangs on the width only, and so
-// does the order of the sum: a row's result does not depend on the others.
+// width of 256 (heads), a warp with up to 4 each to 1,024, a block with 2 each beyond, so that one row is done soon.
+// The choice hangs on the width only, and so does the order of the sum: a row's result does not depend on the others.
 //
 // Bounds. Bytes: 4 T d, 8 T d with delta: T = 16,384, d = 2,048: 134 MB, 31 us at 4.28 TB/s; 268 MB, 63 us. Five FLOP a
 // value.
@@ -25,21 +25,21 @@ constexpr uint32_t kMaxWidth = 8 * 1024 * kVector;
 constexpr uint32_t kGroupBlock = 256;
 
 struct NormShape {
-  uint32_t vectors_a_thread;  // 1, 4 or 8
+  uint32_t vectors_a_thread;  // 1, 2, 4 or 8
   uint32_t threads;           // a row
 };
 
 // Which threads have which vectors of a row. A pure function of the width.
 constexpr NormShape norm_shape(uint32_t vectors) {
   NormShape shape = {};
-  shape.vectors_a_thread = vectors <= 32 ? 1 : vectors <= 128 ? 4 : 8;
+  shape.vectors_a_thread = vectors <= 32 ? 1 : vectors <= 128 ? 4 : vectors <= 2048 ? 2 : 8;
   shape.threads = 8;
   while (shape.threads * shape.vectors_a_thread < vectors) shape.threads *= 2;
   return shape;
 }
 
 static_assert(norm_shape(1).threads == 8 && norm_shape(16).threads == 16 && norm_shape(32).threads == 32);
-static_assert(norm_shape(64).threads == 16 && norm_shape(256).threads == 32 && norm_shape(896).threads == 128);
+static_assert(norm_shape(64).threads == 16 && norm_shape(256).threads == 128 && norm_shape(896).threads == 512);
 static_assert(norm_shape(kMaxWidth / kVector).threads == 1024);
 
 AnabranchStatus check(const AnabranchRmsNormParams& params) {
@@ -88,6 +88,7 @@ AnabranchStatus launch_for(const AnabranchRmsNormParams& params, cudaStream_t st
   args.width = static_cast<float>(params.width);
   args.eps = params.eps;
   if (shape.vectors_a_thread == 1) return launch<1, Weight>(args, stream);
+  if (shape.vectors_a_thread == 2) return launch<2, Weight>(args, stream);
   if (shape.vectors_a_thread == 4) return launch<4, Weight>(args, stream);
   return launch<8, Weight>(args, stream);
 }

@@ -60,6 +60,8 @@ AnabranchStatus check(const AnabranchRopeParams& params) {
   return aligned ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_ALIGNMENT;
 }
 
+constexpr uint64_t kFewTokens = 16;
+
 Heads heads_of(const AnabranchHeads& heads, void* to, uint64_t to_stride) {
   return {static_cast<const uint16_t*>(heads.data),
           static_cast<uint16_t*>(to),
@@ -94,6 +96,10 @@ AnabranchStatus launch(const AnabranchRopeParams& params, cudaStream_t stream) {
   const bool wide = whole && is_wide(args.q) && is_wide(args.k) && is_wide(args.v);
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<uint32_t>(params.num_tokens);
+  // A few tokens' heads are shared among several blocks, each of which works out the angles.
+  const uint32_t vectors =
+      (args.q.heads * args.q.head_dim + args.k.heads * args.k.head_dim + args.v.heads * args.v.head_dim) / kVector;
+  config.gridDim.y = wide && params.num_tokens <= kFewTokens ? (vectors - 1) / (2 * kRopeThreads) + 1 : 1;
   config.blockDim = kRopeThreads;
   config.stream = stream;
   return launch_overlapping(wide ? rotate_vectors : rotate_elements, config, args);

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kRopeThreads) rotate_vectors(const __grid_cons
   const uint16_t* const v_from = args.v.from + token * args.v.from_stride;
   uint16_t* const v_to = args.v.to + row * args.v.to_stride;
   const uint32_t end = q_turns + q_copies + k_turns + k_copies + v_copies;
-  for (uint32_t item = threadIdx.x; item < end; item += kRopeThreads) {
+  for (uint32_t item = blockIdx.y * kRopeThreads + threadIdx.x; item < end; item += gridDim.y * kRopeThreads) {
     uint32_t i = item;
     if (i < q_turns) {
       rotate_item(args, args.q, q_from, q_to, i, angles);

@@ -115,8 +115,8 @@ class ExpertRows {
         const uint32_t column = columns_.first + unit_;
         const uint32_t k = column / args_.intermediate;
         if (!chosen_.is_there(k)) continue;
-        // Of 2n rows an expert.
-        const uint64_t number = uint64_t{2 * chosen_.expert(k) - k} * args_.intermediate + column;
+        const uint64_t number =
+            uint64_t{2} * chosen_.expert(k) * args_.intermediate + (column - k * args_.intermediate);
         gate_ = reinterpret_cast<const uint4*>(args_.gate_up) + number * vectors;
         row = gate_;
         is_up_next_ = true;

@@ -120,6 +120,21 @@ impl<T: Element> Tensor<T> {
         Ok(ViewMut { view: self.slice.slice_mut(range), shape })
     }
 
+    /// To write two parts that follow each other from the first element on.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not hold both.
+    pub fn parts_mut(
+        &mut self,
+        first: impl Into<Shape>,
+        second: impl Into<Shape>,
+    ) -> Result<(ViewMut<'_, T>, ViewMut<'_, T>)> {
+        let (first, second) = (first.into(), second.into());
+        self.range(first.len(), second)?;
+        let (low, high) = self.slice.split_at_mut(first.len());
+        Ok((ViewMut { view: low, shape: first }, ViewMut { view: high, shape: second }))
+    }
+
     fn range(&self, start: usize, shape: Shape) -> Result<Range<usize>> {
         match start.checked_add(shape.len()) {
             Some(end) if end <= self.shape.len() => Ok(start..end),
@@ -183,6 +198,11 @@ impl<'a, T: Element> ViewMut<'a, T> {
     /// Its shape.
     pub fn shape(&self) -> Shape {
         self.shape
+    }
+
+    /// To read.
+    pub fn view(&self) -> View<'_, T> {
+        View { view: self.view.as_view(), shape: self.shape }
     }
 
     /// The view, for cudarc.

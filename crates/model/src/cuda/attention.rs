@@ -42,9 +42,8 @@ enum Kind {
 #[derive(Debug)]
 struct Grouped {
     shape: AttentionShape,
-    q: Dense,
-    /// Keys, then values.
-    kv: Dense,
+    /// Queries, keys, values.
+    qkv: Dense,
     norms: Option<[Norm; 2]>,
     clip: Option<f32>,
 }
@@ -120,7 +119,9 @@ pub(super) fn widths(config: &Config) -> Result<[usize; 3]> {
         }
         (&Attention::Grouped { num_heads, num_kv_heads, head_dim, .. }, _) => {
             let width = num_heads * pad(head_dim);
-            Ok([width, 2 * num_kv_heads * pad(head_dim), width])
+            let kv_width = 2 * num_kv_heads * pad(head_dim);
+            // A single token's keys and values follow its queries.
+            Ok([width + kv_width, kv_width, width])
         }
         _ => Err(Error::Input("this kind of attention has no kernels".to_owned())),
     }
@@ -203,9 +204,8 @@ impl Grouped {
         let head = pad(head_dim);
         let shape =
             AttentionShape { num_heads, num_kv_heads, key_dim: head, value_dim: head, scale: config.softmax_scale };
-        let q = Dense::load(gpu, q, heads, d)?;
-        let kv = Dense::stack(gpu, &[(k, kv_heads), (v, kv_heads)], d, Epilogue::Linear)?;
-        Ok((Self { shape, q, kv, norms, clip: clip_qkv }, heads))
+        let qkv = Dense::stack(gpu, &[(q, heads), (k, kv_heads), (v, kv_heads)], d, Epilogue::Linear)?;
+        Ok((Self { shape, qkv, norms, clip: clip_qkv }, heads))
     }
 
     /// From `normed` to the heads' output in `c`.
@@ -213,29 +213,36 @@ impl Grouped {
         let Step { gpu, batch, rope, layer } = step;
         let (stream, tokens) = (&gpu.stream, batch.tokens);
         let AttentionShape { num_heads, num_kv_heads, key_dim: head_dim, .. } = self.shape;
-        let (width, kv_width) = (self.q.out(), self.kv.out());
+        let (width, kv_width) = (num_heads * head_dim, 2 * num_kv_heads * head_dim);
         let heads = HeadRange { column: 0, num_heads, head_dim };
         let keys = HeadRange { column: 0, num_heads: num_kv_heads, head_dim };
         let values = HeadRange { column: keys.width(), ..keys };
 
-        let x = || work.normed.part(0, [tokens, self.q.inner()]);
-        self.q.run(stream, x()?, &mut work.a.part_mut(0, [tokens, width])?)?;
-        self.kv.run(stream, x()?, &mut work.b.part_mut(0, [tokens, kv_width])?)?;
+        let x = || work.normed.part(0, [tokens, self.qkv.inner()]);
+        let (mut q, mut kv) = if tokens == 1 {
+            self.qkv.run(stream, x()?, &mut work.a.part_mut(0, [1, width + kv_width])?)?;
+            work.a.parts_mut([1, width], [1, kv_width])?
+        } else {
+            let (mut q, mut kv) = (work.a.part_mut(0, [tokens, width])?, work.b.part_mut(0, [tokens, kv_width])?);
+            self.qkv.run_columns(stream, x()?, 0..width, &mut q)?;
+            self.qkv.run_columns(stream, x()?, width..width + kv_width, &mut kv)?;
+            (q, kv)
+        };
         if let Some([q_norm, k_norm]) = &self.norms {
-            q_norm.run_heads(stream, &mut work.a.part_mut(0, [tokens, width])?, heads)?;
-            k_norm.run_heads(stream, &mut work.b.part_mut(0, [tokens, kv_width])?, keys)?;
+            q_norm.run_heads(stream, &mut q, heads)?;
+            k_norm.run_heads(stream, &mut kv, keys)?;
         }
         let rows = [batch.cache_rows, num_kv_heads, head_dim];
         let mut buffers = RopeBuffers {
             positions: batch.positions()?,
-            queries: work.a.part_mut(0, [tokens, width])?,
+            queries: q,
             q: heads,
             q_first: 0,
             cache: Some(RopeCache {
-                keys: Some(work.b.part(0, [tokens, kv_width])?),
+                keys: Some(kv.view()),
                 k: keys,
                 k_first: 0,
-                values: Some(work.b.part(0, [tokens, kv_width])?),
+                values: Some(kv.view()),
                 v: values,
                 rows: batch.rows()?,
                 k_cache: layer.keys.part_mut(0, rows)?,

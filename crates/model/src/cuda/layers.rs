@@ -1,5 +1,7 @@
 //! What every part of a model is made of: norms and dense products.
 
+use std::ops::Range;
+
 use anabranch::cuda::{
     Epilogue, GemmOutput, HeadRange, LinearInput, Stream, Tile, View, ViewMut, add_rms_norm_into, linear_into,
     rms_norm_heads_into, rms_norm_into,
@@ -104,6 +106,21 @@ impl Dense {
     ) -> Result<()> {
         let bias = self.bias.as_ref().map(|bias| bias.view());
         let input = LinearInput { x, weight: self.weight.view(), bias, epilogue: self.epilogue, tile: Tile::Auto };
+        Ok(linear_into(stream, &input, out)?)
+    }
+
+    /// [`Dense::run`] with some of the weight's rows: these columns of the result, which has no others.
+    pub(super) fn run_columns<O: GemmOutput>(
+        &self,
+        stream: &Stream,
+        x: View<'_, bf16>,
+        columns: Range<usize>,
+        out: &mut ViewMut<'_, O>,
+    ) -> Result<()> {
+        let (count, inner) = (columns.len(), self.inner());
+        let weight = self.weight.part(columns.start * inner, [count, inner])?;
+        let bias = self.bias.as_ref().map(|bias| bias.part(columns.start, [count])).transpose()?;
+        let input = LinearInput { x, weight, bias, epilogue: Epilogue::Linear, tile: Tile::Auto };
         Ok(linear_into(stream, &input, out)?)
     }
 }

@@ -165,7 +165,7 @@ fn in_pieces<B: anabranch_model::Backend>(
     got.concat()
 }
 
-/// The last logits of a session, which has buffers of its own for them, are the model's.
+/// The last logits of a session, which has buffers of its own for them, are the model's, but for the order of a few rows' sums.
 #[test]
 #[ignore = "needs a CUDA GPU"]
 fn a_session_gives_the_models_logits() {
@@ -180,7 +180,11 @@ fn a_session_gives_the_models_logits() {
             let last = [ids.len() / 2 - 1, ids.len() - 1].map(|row| &all[row * vocab..(row + 1) * vocab]).concat();
             let mut session = Session::new(&model).unwrap();
             session.reset(2).unwrap();
-            assert_eq!(session.forward(&Batch { ids: &ids, segments: &segments }).unwrap(), last, "{name}");
+            let got = session.forward(&Batch { ids: &ids, segments: &segments }).unwrap();
+            let largest = last.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+            for (got, expected) in got.iter().zip(&last) {
+                assert!((got - expected).abs() <= 1e-5 * largest, "{name}: {got} instead of {expected}");
+            }
         }
     });
 }

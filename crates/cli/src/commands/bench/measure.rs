@@ -33,8 +33,11 @@ pub(super) struct Setting<'a> {
 const LAYERS: usize = 16;
 /// Samples of each kind of launch: at least, and enough.
 const SAMPLES: [usize; 2] = [50, 200];
-/// Once this long has been spent, the least number of samples is enough.
-const ENOUGH: Duration = Duration::from_millis(700);
+/// Once this long has been spent, the least number of samples is enough: a GPU that multiplies without a rest slows down to keep to its
+/// power limit, after a tenth of a second by a sixth.
+const ENOUGH: Duration = Duration::from_millis(100);
+/// The rest before each kind of launch.
+const REST: Duration = Duration::from_millis(500);
 /// Once this long has been spent, a third of them is.
 const MOST: Duration = Duration::from_millis(2500);
 /// Samples between two waits.
@@ -237,30 +240,32 @@ impl Bench {
         })
     }
 
-    /// Samples of eager calls and of graph launches, by turns, each after the cache has been filled with other data.
+    /// Samples of eager calls, then of graph launches, each after the cache has been filled with other data.
     fn single(&mut self, call: &mut Call, weights: &Weights) -> Result<(Times, Times), Failure> {
         let stream = self.stream.clone();
         let graph = capture(&stream, || call.launch(&stream, weights, false))?;
+        let eager = self.series(|| call.launch(&stream, weights, false))?;
+        let replayed = self.series(|| graph.launch().map_err(driver))?;
+        Ok((eager, replayed))
+    }
+
+    /// Samples of one kind of launch, from rest.
+    fn series(&mut self, mut launch: impl FnMut() -> Result<(), Failure>) -> Result<Times, Failure> {
+        std::thread::sleep(REST);
         let begin = Instant::now();
-        let (mut eager, mut replayed) = (Vec::new(), Vec::new());
+        let mut samples = Vec::new();
         let mut warm = false;
         loop {
-            let mut events = Vec::new();
-            for _ in 0..BATCH {
-                let first = self.sample(|| call.launch(&stream, weights, false))?;
-                let second = self.sample(|| graph.launch().map_err(driver))?;
-                events.push((first, second));
-            }
-            stream.synchronize()?;
+            let events = (0..BATCH).map(|_| self.sample(&mut launch)).collect::<Result<Vec<_>, _>>()?;
+            self.stream.synchronize()?;
             // The first batch warms up.
             if std::mem::replace(&mut warm, true) {
-                for (first, second) in &events {
-                    eager.push(elapsed_us(first)?);
-                    replayed.push(elapsed_us(second)?);
+                for pair in &events {
+                    samples.push(elapsed_us(pair)?);
                 }
             }
-            if enough(eager.len(), begin.elapsed()) {
-                return Ok((Times::new(eager), Times::new(replayed)));
+            if enough(samples.len(), begin.elapsed()) {
+                return Ok(Times::new(samples));
             }
         }
     }

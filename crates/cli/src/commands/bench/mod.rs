@@ -1,6 +1,8 @@
 //! `anabranch bench`: how fast an operation is on this machine's GPU.
 
 #[cfg(feature = "cuda")]
+mod bars;
+#[cfg(feature = "cuda")]
 mod ceilings;
 #[cfg(feature = "cuda")]
 mod check;
@@ -9,10 +11,15 @@ mod logits;
 #[cfg(feature = "cuda")]
 mod measure;
 #[cfg(feature = "cuda")]
+mod model;
+#[cfg(feature = "cuda")]
 mod moe;
 #[cfg(not(feature = "cuda"))]
-#[path = "no_cuda.rs"]
-mod moe;
+mod no_cuda;
+#[cfg(not(feature = "cuda"))]
+use no_cuda as moe;
+#[cfg(not(feature = "cuda"))]
+use no_cuda as model;
 #[cfg(feature = "cuda")]
 mod record;
 #[cfg(feature = "cuda")]
@@ -32,11 +39,15 @@ pub(crate) struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Operation {
+    /// Measure the MoE layer, from router logits or hidden states to its output
     Moe(moe::Arguments),
+    /// Measure whole models with random weights: decoding, and reading prompts
+    Model(model::Arguments),
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     match &arguments.operation {
         Operation::Moe(arguments) => moe::run(arguments),
+        Operation::Model(arguments) => model::run(arguments),
     }
 }

@@ -19,9 +19,9 @@ use std::{fs, path::PathBuf};
     anabranch bench moe --preset all --json results.json --plot roofline.svg --peers peers.json\n  \
     anabranch bench moe --hidden 2048 --intermediate 768 --experts 128 --topk 8 --tokens 1,37,1000 --routing zipf\n  \
     anabranch bench moe --preset qwen3 --steady\n\n\
-    Every sample is one call between two CUDA events, after the second-level cache has been filled with other data: eager calls and \
-    graph launches by turns, 50 to 200 of each in two seconds or so (17 at least where a call takes long). The smaller median \
-    counts. Weights are random, logits come from a fixed seed, the routing is the softmax over the top-k logits.\n\n\
+    Every sample is one call between two CUDA events, after the second-level cache has been filled with other data: eager calls, \
+    then graph launches, 50 to 200 of each in a tenth of a second or so, after half a second's rest (17 at least where a call takes \
+    long). The smaller median counts. Weights are random, logits come from a fixed seed, the routing is the softmax over the top-k logits.\n\n\
     floor us = max(6 T K d n / 790e12, (experts hit * 6 d n + 4 T d) / 4.6e12); error is against the float32 reference on \
     sampled tokens.\n\n\
     --steady: sixteen layers with weights of their own (or as many as fit) in one graph, nothing flushed, time per layer.\n\n\

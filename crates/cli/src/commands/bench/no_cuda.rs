@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 
-/// Measure the MoE layer, from router logits to its output (needs a build with CUDA)
+/// Needs a build with CUDA
 #[derive(clap::Args)]
 #[command(after_help = "This build has no CUDA support. With a CUDA toolkit (or after `cargo xtask toolchain`):\n  \
     cargo build --release --package anabranch-cli --features cuda")]
