@@ -11,6 +11,7 @@
 mod attention;
 mod checks;
 mod combine;
+mod cublaslt;
 mod device;
 mod grouped_gemm;
 mod launch;
@@ -32,11 +33,12 @@ mod tensor;
 pub use attention::{AttentionBatch, AttentionInput, attention, attention_into, attention_workspace};
 pub use checks::{Float, HeadRange};
 pub use combine::{CombineInput, combine, combine_into};
+pub use cublaslt::cublaslt_version;
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
 pub use device::Device;
 pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
-pub use linear::{LinearInput, linear, linear_into};
+pub use linear::{CUBLASLT_FROM_TOKENS, LinearInput, linear, linear_into};
 pub use moe_layer::{Arch, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, TopkBuffers};
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,

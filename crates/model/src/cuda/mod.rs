@@ -17,7 +17,9 @@ pub use layers::Norm as CudaNorm;
 pub use memory::GpuUsage;
 pub use moe::CudaFeedForward;
 
-use anabranch::cuda::{Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, embedding, embedding_into, linear};
+use anabranch::cuda::{
+    CUBLASLT_FROM_TOKENS, Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, embedding, embedding_into, linear,
+};
 use half::bf16;
 
 use self::{
@@ -49,15 +51,23 @@ pub struct CudaHidden {
 pub struct CudaTable(Dense);
 
 impl Cuda {
-    /// Opens GPU number `ordinal`, counted from 0, with a stream of its own.
+    /// Opens GPU number `ordinal`, counted from 0, with a stream of its own. Long dense products run on cuBLASLt where that is installed
+    /// ([`Stream::enable_cublaslt`]), else on the kernels' own.
     ///
     /// # Errors
-    /// [`anabranch::Error::NoGpu`] if there is none of that number, or its driver or architecture is too old.
+    /// [`anabranch::Error::NoGpu`] if there is none of that number, or its driver or architecture is too old;
+    /// [`anabranch::Error::Setting`] if `ANABRANCH_CUBLASLT` names a library that cannot be loaded, [`anabranch::Error::OutOfMemory`].
     pub fn open(ordinal: usize) -> Result<Self> {
-        Ok(Self::on(Device::open(ordinal)?.new_stream()?))
+        let stream = Device::open(ordinal)?.new_stream()?;
+        match stream.enable_cublaslt(CUBLASLT_FROM_TOKENS) {
+            Ok(()) => {}
+            Err(error @ anabranch::Error::NoCublasLt { .. }) => tracing::debug!("{error}"),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Self::on(stream))
     }
 
-    /// Runs on a stream that the caller has.
+    /// Runs on a stream that the caller has, with cuBLASLt if the caller has enabled it there.
     pub fn on(stream: Stream) -> Self {
         Self { gpu: Gpu::new(stream) }
     }
