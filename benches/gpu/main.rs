@@ -8,6 +8,7 @@
 mod attention;
 mod combine;
 mod grouped_gemm;
+mod linear;
 mod moe_layer;
 mod permute;
 mod rms_norm;
@@ -23,6 +24,7 @@ criterion::criterion_group!(
     router::bench,
     permute::bench,
     grouped_gemm::bench,
+    linear::bench,
     combine::bench,
     moe_layer::bench,
     rms_norm::bench,

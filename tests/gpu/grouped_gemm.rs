@@ -1,6 +1,7 @@
 //! `grouped_gemm`: both products of an expert layer, and plain ones.
 
 mod cases;
+mod cublaslt;
 mod dense;
 
 use anabranch::{

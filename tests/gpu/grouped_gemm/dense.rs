@@ -12,16 +12,16 @@ use super::{
 use crate::support::{Guarded, on_gpu, runner};
 
 #[derive(Debug, Clone, Copy)]
-struct Dense {
-    num_tokens: usize,
-    inner: usize,
-    out: usize,
-    epilogue: Epilogue,
-    bias: bool,
-    seed: u64,
+pub(super) struct Dense {
+    pub(super) num_tokens: usize,
+    pub(super) inner: usize,
+    pub(super) out: usize,
+    pub(super) epilogue: Epilogue,
+    pub(super) bias: bool,
+    pub(super) seed: u64,
 }
 
-fn multiply<O: Output>(
+pub(super) fn multiply<O: Output>(
     stream: &Stream,
     dense: &Dense,
     x: &[bf16],
