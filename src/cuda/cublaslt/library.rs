@@ -28,8 +28,8 @@ const OP_T: c_int = 1;
 const PREF_MAX_WORKSPACE_BYTES: c_int = 1;
 const PREF_REDUCTION_SCHEME_MASK: c_int = 3;
 const PREF_MIN_ALIGNMENT_BYTES: [c_int; 4] = [5, 6, 7, 8];
-/// `cublasLtReductionScheme_t`: parts of a sum are stored in float32, each in its place, and added up in a step of its own. The other
-/// schemes add in the order in which blocks come, or round on the way.
+/// `cublasLtReductionScheme_t`: parts of a sum are stored in float32, each in its place, and added up in a step of their own. The other
+/// schemes add up in the result's type.
 const REDUCTION_COMPUTE_TYPE: u32 = 2;
 
 /// `cublasLtMatmulAlgo_t`: how to compute a product, opaque.
