@@ -137,12 +137,11 @@ fn kernels() -> Vec<Finding> {
             })
             .collect(),
     };
-    let cublaslt = anabranch::cuda::cublaslt_version();
-    findings.push(Finding {
-        name: "cuBLASLt",
-        purpose: "multiplies in the dense parts of long prompts",
-        state: cublaslt.map_err(|error| format!("{error}; the kernels' own products run everything")),
+    let state = anabranch::cuda::cublaslt_version().map_err(|error| match error {
+        anabranch::Error::NoCublasLt { reason } => format!("{reason}; the kernels' own products take its place"),
+        error => error.to_string(),
     });
+    findings.push(Finding { name: "cuBLASLt", purpose: "multiplies in the dense parts of long prompts", state });
     findings
 }
 
