@@ -82,8 +82,8 @@ __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp_approx(1.0f + expf(-x));
 }
 
-// The sum of exp_fast(logit - max), halves added to halves: with the lanes' five additions, 1,024 terms pass ten roundings
-// and not thirty-six, which holds a weight of 1 within 1e-6.
+// The sum of exp_fast(logit - max), halves added to halves: with the lanes' five additions, 1,024 terms pass ten
+// roundings and not thirty-six, which holds a weight of 1 within 1e-6.
 template <int kValues>
 __device__ __forceinline__ float sum_exp(const float* logit, float max) {
   if constexpr (kValues == 1) {

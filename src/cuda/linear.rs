@@ -23,7 +23,7 @@ pub struct LinearInput<'a> {
     pub x: View<'a, bf16>,
     /// `[out, in]`, or `[2 out, in]` with [`Epilogue::SwiGlu`]; out a multiple of 8.
     pub weight: View<'a, bf16>,
-    /// `[out]`.
+    /// `[out]`, or `[2 out]` with [`Epilogue::SwiGlu`].
     pub bias: Option<View<'a, f32>>,
     /// Done to every product.
     pub epilogue: Epilogue,
@@ -45,7 +45,7 @@ impl LinearInput<'_> {
         let [weight_rows, _] = matrix(OPERATION, "weight", &self.weight)?;
         check_width(OPERATION, "in features", inner)?;
         check_rows(OPERATION, num_tokens)?;
-        Ok([num_tokens, inner, columns(OPERATION, self.epilogue, weight_rows, self.bias.is_some())?])
+        Ok([num_tokens, inner, columns(OPERATION, self.epilogue, weight_rows)?])
     }
 }
 
@@ -75,7 +75,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
     let x = launch.read("x", &input.x, [num_tokens, inner])?;
     let weight = launch.read("weight", &input.weight, [weight_rows(input.epilogue, out), inner])?;
     let bias = match &input.bias {
-        Some(bias) => launch.read("bias", bias, [out])?,
+        Some(bias) => launch.read("bias", bias, [weight_rows(input.epilogue, out)])?,
         None => Pointer::null(),
     };
     let y = launch.write("y", y, [num_tokens, out])?;

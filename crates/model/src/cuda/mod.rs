@@ -93,7 +93,6 @@ impl Backend for Cuda {
 
     fn prepare(&self, config: &Config) -> Result<()> {
         attention::check(config)?;
-        moe::check(config)?;
         let parameters = config.parameters_unbounded();
         let needed = u64::try_from(2 * parameters).unwrap_or(u64::MAX);
         let free = self.gpu.free()?;
