@@ -116,9 +116,13 @@ impl CublasLt {
         }
         let y_type = if Y::DTYPE == AnabranchDtype::ANABRANCH_DTYPE_F32 { CUDA_R_32F } else { CUDA_R_16BF };
         let product = Product { num_tokens, inner, out, y_type };
-        let failed = |status: Status| Error::Launch {
-            operation: launch.operation,
-            reason: format!("{} reports {}", self.library.describe(), self.library.name_of(status)),
+        // Where a kernel failed before, the driver says so at every call, and cuBLASLt only that it cannot go on.
+        let failed = |status: Status| match self.context.mem_get_info() {
+            Err(error) => launch.stream.driver(launch.operation, error),
+            Ok(_) => Error::Launch {
+                operation: launch.operation,
+                reason: format!("{} reports {}", self.library.describe(), self.library.name_of(status)),
+            },
         };
         let described = Described::new(&self.library, &product).map_err(failed)?;
         let Some(algorithm) = self.algorithm(&described, product).map_err(failed)? else { return Ok(false) };

@@ -69,7 +69,8 @@ impl Stream {
     /// for when this is called, as the system looks for any library; the environment variable `ANABRANCH_CUBLASLT` is read here and only
     /// here: `off`, `auto`, or the path of the library. It costs tens of milliseconds, and 32 MiB of the GPU's memory
     /// ([`Stream::cublaslt_workspace`]) for as long as the stream is there: a graph that was captured on it must not outlive it, nor
-    /// run beside other work of it. Once enabled it stays as it is.
+    /// run beside other work of it. A product's kernels are loaded when one of its sizes is first launched, which should not be in a
+    /// capture. Once enabled it stays as it is.
     ///
     /// # Errors
     /// [`Error::NoCublasLt`](crate::Error::NoCublasLt) if it is not installed, switched off, or refuses this GPU or its driver: the stream
