@@ -61,6 +61,13 @@ pub enum Error {
         /// What is missing, in words.
         reason: String,
     },
+    /// cuBLASLt is not installed, is switched off, or does not work on this GPU. Nothing needs it: dense products are then the
+    /// kernels' own.
+    #[error("cuBLASLt is not used: {reason}")]
+    NoCublasLt {
+        /// What is missing, in words.
+        reason: String,
+    },
     /// A tensor belongs to another GPU or stream than the operation runs on.
     #[error("{operation}: {argument} was made on another {place} than the operation runs on")]
     Place {

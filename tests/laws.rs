@@ -151,6 +151,21 @@ proptest! {
         }
     }
 
+    /// A float32 softmax over many experts is as near to the true one as its roundings of single terms allow, 5 of `2^-24`: what is
+    /// summed does not drift with the number of terms.
+    #[test]
+    fn a_softmax_over_many_experts_does_not_drift(
+        mut logits in prop::collection::vec(-3.0..3.0f32, 512..=1024),
+        lift in 4.0..10.0f32,
+    ) {
+        logits[0] += lift;
+        let routing = Routing::builder(logits.len(), 1).build().unwrap();
+        let wide: Vec<f64> = logits.iter().copied().map(f64::from).collect();
+        let got = router(&routing, &logits, None, None).unwrap().topk_weights[0];
+        let exact = router(&routing, &wide, None, None).unwrap().topk_weights[0];
+        prop_assert!((f64::from(got) - exact).abs() < 5.0 * 2.0f64.powi(-24), "{got}, not {exact}");
+    }
+
     /// Unpermute undoes permute, order within an expert is stable, and offsets frame the experts.
     #[test]
     fn permutation_round_trips((routing, tokens, logits, bias) in routed(ugly()), d in 0..5usize) {

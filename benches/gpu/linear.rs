@@ -1,52 +1,72 @@
-//! `linear` with few rows, at the dense products of published models. The bytes are those of the weights, read once.
+//! `linear` at the shapes of attention's projections, by the kernels' own product and by cuBLASLt where it is installed.
+//!
+//! A point's throughput is in FLOP (criterion's elements) from 512 tokens on and in bytes below: weight, x and y once.
 
-use anabranch::cuda::{Epilogue, LinearInput, Tile, linear_into, random};
+use anabranch::cuda::{Epilogue, LinearInput, Stream, Tile, linear_into};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::bf16;
 
 use crate::{
-    shapes::{group, stream},
+    shapes::{MODELS, group, rows, stream},
     timing::{Launches, sets},
 };
 
-const TOKENS: [usize; 4] = [1, 2, 4, 8];
-
-/// A product: its name, inner width and columns.
-const PRODUCTS: [(&str, usize, usize, Epilogue); 6] = [
-    ("deepseek-moe-16b/qkv", 2048, 6144, Epilogue::Linear),
-    ("deepseek-moe-16b/o", 2048, 2048, Epilogue::Linear),
-    ("deepseek-moe-16b/gate_up", 2048, 10_944, Epilogue::SwiGlu),
-    ("deepseek-moe-16b/down", 10_944, 2048, Epilogue::Linear),
-    ("deepseek-moe-16b/lm_head", 2048, 102_400, Epilogue::Linear),
-    ("qwen3-30b-a3b/qkv", 2048, 5120, Epilogue::Linear),
-];
-
-/// The kernel for few rows, and the grouped product's smallest tile beside it.
-const TILES: [(&str, Tile); 2] = [("", Tile::Auto), ("/grouped", Tile::Rows16)];
+/// Those between which the choice falls, and prefill.
+const TOKENS: [usize; 8] = [8, 16, 32, 64, 128, 512, 4096, 16_384];
+/// From here on the products bound the time.
+const MANY: usize = 512;
 
 pub(crate) fn bench(criterion: &mut Criterion) {
-    let Some(stream) = stream("linear") else { return };
-    let mut group = group(criterion, "linear");
-    for (name, inner, out, epilogue) in PRODUCTS {
-        let rows = if epilogue == Epilogue::SwiGlu { 2 * out } else { out };
-        group.throughput(Throughput::BytesDecimal((2 * rows * inner) as u64));
-        for tokens in TOKENS {
-            for (suffix, tile) in TILES {
-                group.bench_function(BenchmarkId::new(format!("{name}{suffix}"), tokens), |bencher| {
-                    let noise = |shape: [usize; 2], seed| random::<bf16>(&stream, shape, seed, 0.02).unwrap();
-                    let weights: Vec<_> =
-                        (0..sets(&stream, 2 * rows * inner)).map(|set| noise([rows, inner], set as u64)).collect();
-                    let x = noise([tokens, inner], 99);
-                    let mut y = stream.zeros::<bf16>([tokens, out]).unwrap();
-                    let launches = Launches::capture(&stream, weights.len(), |set| {
-                        let input =
-                            LinearInput { x: x.view(), weight: weights[set].view(), bias: None, epilogue, tile };
-                        linear_into(&stream, &input, &mut y.view_mut()).unwrap();
-                    });
-                    bencher.iter_custom(|iterations| launches.time(&stream, iterations));
+    let Some(own) = stream("linear") else { return };
+    let cublaslt = own.device().new_stream().unwrap();
+    let mut ways = vec![("own", &own)];
+    match cublaslt.enable_cublaslt(1) {
+        Ok(()) => ways.push(("cublaslt", &cublaslt)),
+        Err(error) => eprintln!("linear: cublaslt skipped: {error}"),
+    }
+    for model in &MODELS {
+        let (heads, kv) = (model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim);
+        let projections =
+            [("q", model.hidden_size, heads), ("kv", model.hidden_size, kv), ("o", heads, model.hidden_size)];
+        for (name, inner, out) in projections {
+            let mut products = group(criterion, &format!("linear/{name}"));
+            for tokens in TOKENS {
+                products.throughput(if tokens < MANY {
+                    Throughput::BytesDecimal(bytes(tokens, inner, out) as u64)
+                } else {
+                    Throughput::Elements((2 * tokens * inner * out) as u64)
                 });
+                for (way, stream) in &ways {
+                    products.bench_function(BenchmarkId::new(format!("{}/{way}", model.name), tokens), |bencher| {
+                        let launches = launches(stream, tokens, inner, out);
+                        bencher.iter_custom(|iterations| launches.graph.time(stream, iterations));
+                    });
+                }
             }
+            products.finish();
         }
     }
-    group.finish();
+}
+
+fn bytes(tokens: usize, inner: usize, out: usize) -> usize {
+    2 * (out * inner + tokens * (inner + out))
+}
+
+/// A graph and what it works on.
+struct Products {
+    graph: Launches,
+    _operands: Vec<[anabranch::cuda::Tensor<bf16>; 3]>,
+}
+
+fn launches(stream: &Stream, tokens: usize, inner: usize, out: usize) -> Products {
+    let mut operands: Vec<_> = (0..sets(stream, bytes(tokens, inner, out)))
+        .map(|_| [rows(stream, tokens, inner), rows(stream, out, inner), stream.zeros([tokens, out]).unwrap()])
+        .collect();
+    let graph = Launches::capture(stream, operands.len(), |set| {
+        let [x, weight, y] = &mut operands[set];
+        let (epilogue, tile) = (Epilogue::Linear, Tile::Auto);
+        let input = LinearInput { x: x.view(), weight: weight.view(), bias: None, epilogue, tile };
+        linear_into(stream, &input, &mut y.view_mut()).unwrap();
+    });
+    Products { graph, _operands: operands }
 }

@@ -12,13 +12,13 @@ namespace anabranch::grouped_gemm {
 enum class Epilogue {
   kLinear,     // + bias, where there is one
   kActivated,  // + bias, then ReLU or GELU
-  kSwiGlu,     // silu(gate) * up
+  kSwiGlu,     // + bias, where there is one, then silu(gate) * up
 };
 
 struct Args {
   const __nv_bfloat16* x;        // [x_rows, depth]
   const __nv_bfloat16* weights;  // [experts, columns or 2 columns, depth]
-  const float* bias;             // [experts, columns] or null
+  const float* bias;             // [experts, columns or 2 columns] or null
   const uint32_t* offsets;       // [experts + 1]; null for one expert that has all rows
   const uint32_t* slots;         // [rows] or null: row r of the product is row slots[r] / topk of x, else row r
   void* y;                       // [rows, columns]

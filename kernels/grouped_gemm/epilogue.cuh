@@ -50,16 +50,33 @@ struct Store {
   static constexpr uint32_t kProducts = kPaired ? Tile::kMmaN / 2 : Tile::kMmaN;  // across the warp's columns of y
   static constexpr uint32_t kGroup = kProducts % 4 == 0 ? 4 : 1;
 
+  // What is added to a lane's pair of columns: to the product, or to gate and to up.
+  struct Bias {
+    float2 first;
+    float2 up;
+  };
+
+  static __device__ __forceinline__ Bias bias_of(const Args& args, uint32_t expert, uint32_t column) {
+    Bias bias = {};
+    if (args.bias == nullptr || column >= args.columns) return bias;
+    const float* from = args.bias + static_cast<uint64_t>(expert) * args.columns * (kPaired ? 2 : 1) + column;
+    bias.first = __ldg(reinterpret_cast<const float2*>(from));
+    if constexpr (kPaired) bias.up = __ldg(reinterpret_cast<const float2*>(from + args.columns));
+    return bias;
+  }
+
   // This lane's pair of values of y in row 8 half + lane / 4 of products i and columns of products j.
   static __device__ __forceinline__ float2 value(const Args& args, const Accumulators<Tile>& sums, uint32_t i,
-                                                 uint32_t j, uint32_t half, float2 bias) {
+                                                 uint32_t j, uint32_t half, const Bias& bias) {
     if constexpr (kPaired) {
       const float (&gate)[4] = sums[i][2 * j];
       const float (&up)[4] = sums[i][2 * j + 1];
-      return {silu(gate[2 * half]) * up[2 * half], silu(gate[2 * half + 1]) * up[2 * half + 1]};
+      return {silu(gate[2 * half] + bias.first.x) * (up[2 * half] + bias.up.x),
+              silu(gate[2 * half + 1] + bias.first.y) * (up[2 * half + 1] + bias.up.y)};
     } else {
       const float (&sum)[4] = sums[i][j];
-      return {activate<kEpilogue>(args, sum[2 * half] + bias.x), activate<kEpilogue>(args, sum[2 * half + 1] + bias.y)};
+      return {activate<kEpilogue>(args, sum[2 * half] + bias.first.x),
+              activate<kEpilogue>(args, sum[2 * half + 1] + bias.first.y)};
     }
   }
 
@@ -70,13 +87,10 @@ struct Store {
     const uint32_t first_row = warp_m * Tile::kWarpM + lane / 4;
 #pragma unroll
     for (uint32_t group = 0; group < kProducts; group += kGroup) {
-      float2 bias[kGroup];
+      Bias bias[kGroup];
 #pragma unroll
       for (uint32_t j = 0; j < kGroup; ++j) {
-        const uint32_t column = first_column + (group + j) * 8 + lane % 4 * 2;
-        const bool given = !kPaired && args.bias != nullptr && column < args.columns;
-        const uint64_t from = static_cast<uint64_t>(at.expert) * args.columns + column;
-        bias[j] = given ? *(reinterpret_cast<const float2*>(args.bias + from)) : float2{0.0f, 0.0f};
+        bias[j] = bias_of(args, at.expert, first_column + (group + j) * 8 + lane % 4 * 2);
       }
 #pragma unroll
       for (uint32_t i = 0; i < Tile::kMmaM; ++i) {

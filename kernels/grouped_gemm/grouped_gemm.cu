@@ -1,9 +1,11 @@
 // grouped_gemm: every expert's weights times its own segment of rows.
 //
 //   y[r] = epilogue(x[source(r)] W_e^T)    for offsets[e] <= r < offsets[e + 1], source(r) = slots[r] / K or r
-//   epilogue: + bias | ReLU(. + bias) | GELU(. + bias) | silu(gate) * up, where W_e is gate rows, then up rows
+//   epilogue: + bias | ReLU(. + bias) | GELU(. + bias) | silu(gate + bias) * (up + bias), where W_e and its bias
+//   are the gate's, then up's
 //
-//   x [T, d] bf16, W [E, n, d] or [E, 2n, d] bf16, bias [E, n] float32 or null, offsets [E + 1], slots [R] or null
+//   x [T, d] bf16, W [E, n, d] or [E, 2n, d] bf16, bias [E, n] or [E, 2n] float32 or null, offsets [E + 1], slots [R]
+//   or null
 //   -> y [R, n] bf16 or float32. Sums in float32, in an order that depends on d alone: the same bits whatever else is
 //   in the batch and whichever tile is chosen.
 //
@@ -53,7 +55,6 @@ AnabranchStatus check(const AnabranchGroupedGemmParams& params) {
     return ANABRANCH_STATUS_UNSUPPORTED;
   }
   if ((params.expert_offsets == nullptr && params.num_experts != 1) ||
-      (params.bias != nullptr && params.epilogue == ANABRANCH_EPILOGUE_SWIGLU) ||
       (params.num_rows > 0 && (params.x == nullptr || params.weights == nullptr || params.y == nullptr))) {
     return ANABRANCH_STATUS_POINTER;
   }

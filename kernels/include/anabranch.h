@@ -392,7 +392,8 @@ typedef enum AnabranchEpilogue {
   ANABRANCH_EPILOGUE_RELU = 1,
   // The exact GELU, after + bias where there is one.
   ANABRANCH_EPILOGUE_GELU = 2,
-  // silu(x W_gate^T) * (x W_up^T): weights hold the gate's rows, then as many of up. No bias.
+  // silu(gate) * up of x W^T, after + bias where there is one: weights and bias hold the gate's rows, then as many of
+  // up.
   ANABRANCH_EPILOGUE_SWIGLU = 3,
 } AnabranchEpilogue;
 
@@ -430,7 +431,7 @@ typedef struct AnabranchGroupedGemmParams {
   const void* x;
   // [E, n, d] bf16, with ANABRANCH_EPILOGUE_SWIGLU [E, 2 n, d]; on 16 bytes.
   const void* weights;
-  // [E, n] or null, on 8 bytes.
+  // [E, n], with ANABRANCH_EPILOGUE_SWIGLU [E, 2 n], or null; on 8 bytes.
   const float* bias;
   // [E + 1], ascending, the last at most R. Null with one expert that has all rows.
   const uint32_t* expert_offsets;

@@ -82,6 +82,17 @@ __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp_approx(1.0f + expf(-x));
 }
 
+// The sum of exp_fast(logit - max), halves added to halves: with the lanes' five additions, 1,024 terms pass ten
+// roundings and not thirty-six, which holds a weight of 1 within 1e-6.
+template <int kValues>
+__device__ __forceinline__ float sum_exp(const float* logit, float max) {
+  if constexpr (kValues == 1) {
+    return exp_fast(logit[0] - max);
+  } else {
+    return sum_exp<kValues / 2>(logit, max) + sum_exp<kValues - kValues / 2>(logit + kValues / 2, max);
+  }
+}
+
 // What softmax needs to know of all logits of a token.
 struct Softmax {
   float max;
@@ -94,10 +105,7 @@ __device__ __forceinline__ Softmax softmax_of(const float (&logit)[kValues]) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) max = fmaxf(max, logit[i]);
   max = warp_max(max);
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) sum += exp_fast(logit[i] - max);
-  return {max, warp_sum(sum)};
+  return {max, warp_sum(sum_exp<kValues>(logit, max))};
 }
 
 // Entropy of softmax(logits), in nats.

@@ -22,7 +22,7 @@ pub enum Epilogue {
     Relu,
     /// The exact GELU, after the bias where there is one.
     Gelu,
-    /// `silu(gate) * up`, where the weights hold the gate's rows, then as many of up. Takes no bias.
+    /// `silu(gate) * up`, where the weights, and the bias where there is one, hold the gate's rows, then as many of up.
     SwiGlu,
 }
 
@@ -83,7 +83,7 @@ pub struct GroupedGemmInput<'a> {
     pub x: View<'a, bf16>,
     /// `[E, n, d]`, or `[E, 2n, d]` with [`Epilogue::SwiGlu`]: as Transformers holds `gate_up_proj` and `down_proj`.
     pub weights: View<'a, bf16>,
-    /// `[E, n]`.
+    /// `[E, n]`, or `[E, 2n]` with [`Epilogue::SwiGlu`].
     pub bias: Option<View<'a, f32>>,
     /// `[E + 1]`: expert e has the permuted rows `offsets[e]..offsets[e + 1]`. Ascending, and R at most.
     pub expert_offsets: View<'a, u32>,
@@ -115,7 +115,7 @@ impl GroupedGemmInput<'_> {
 /// `2 R d n` FLOP (twice that with [`Epilogue::SwiGlu`]) or one read of the weights of all experts hit, whichever takes longer.
 ///
 /// # Errors
-/// [`Error::Shape`] if a shape does not fit, [`Error::Setting`] if a size is out of range or a bias is given in vain, [`Error::Place`]
+/// [`Error::Shape`] if a shape does not fit, [`Error::Setting`] if a size is out of range, [`Error::Place`]
 /// if a tensor is elsewhere, [`Error::Launch`] if a pointer is not on 16 bytes, the GPU lacks the shared memory for the tile that
 /// was asked for, or CUDA refuses the launch.
 pub fn grouped_gemm_into<O: GemmOutput>(
@@ -130,7 +130,7 @@ pub fn grouped_gemm_into<O: GemmOutput>(
     let x = launch.read("x", &input.x, [num_tokens, depth])?;
     let weights = launch.read("weights", &input.weights, [experts, weight_rows(input.epilogue, columns), depth])?;
     let bias = match &input.bias {
-        Some(bias) => launch.read("bias", bias, [experts, columns])?,
+        Some(bias) => launch.read("bias", bias, [experts, weight_rows(input.epilogue, columns)])?,
         None => Pointer::null(),
     };
     let offsets = launch.read("expert_offsets", &input.expert_offsets, [experts + 1])?;
@@ -189,7 +189,7 @@ impl Sizes {
             let expected = format!("[experts, out, {depth}]");
             return Err(Error::Shape { operation: OPERATION, argument: "weights", expected, got: got.to_string() });
         };
-        let columns = columns(OPERATION, input.epilogue, weight_rows, input.bias.is_some())?;
+        let columns = columns(OPERATION, input.epilogue, weight_rows)?;
         check_width(OPERATION, "in features", depth)?;
         within(OPERATION, "number of experts", experts, 1, MAX_EXPERTS)?;
         let rows = input.rows()?;
@@ -220,19 +220,14 @@ pub(super) fn matrix<T: Element>(
 }
 
 /// The result's width.
-pub(super) fn columns(operation: &'static str, epilogue: Epilogue, weight_rows: usize, bias: bool) -> Result<usize> {
-    let setting = |setting, expected: &str, got: String| {
-        Err(Error::Setting { operation, setting, expected: expected.to_owned(), got })
-    };
+pub(super) fn columns(operation: &'static str, epilogue: Epilogue, weight_rows: usize) -> Result<usize> {
     if epilogue != Epilogue::SwiGlu {
         check_width(operation, "out features", weight_rows)?;
         return Ok(weight_rows);
     }
-    if bias {
-        return setting("bias", "absent with Epilogue::SwiGlu", "given".to_owned());
-    }
     if !weight_rows.is_multiple_of(2) {
-        return setting("weight rows", "gate rows and as many of up", weight_rows.to_string());
+        let expected = "gate rows and as many of up".to_owned();
+        return Err(Error::Setting { operation, setting: "weight rows", expected, got: weight_rows.to_string() });
     }
     check_width(operation, "out features", weight_rows / 2)?;
     Ok(weight_rows / 2)

@@ -1,9 +1,11 @@
-//! Dense products: for a few tokens a kernel that streams the weights, else the grouped product with one expert that has every row.
+//! Dense products: for a few tokens a kernel that streams the weights, for many cuBLASLt where a stream has it, else the grouped
+//! product with one expert that has every row.
 
 use half::bf16;
 
 use super::{
     Epilogue, GemmOutput, Stream, Tensor, Tile, View, ViewMut,
+    cublaslt::CublasLt,
     grouped_gemm::{check_rows, check_width, columns, epilogue, matrix, tile, weight_rows},
     launch::{Launch, Pointer, launched},
     sys,
@@ -12,6 +14,9 @@ use crate::Result;
 
 const OPERATION: &str = "linear";
 
+/// From so many tokens on cuBLASLt is worth it: below, a product takes as long as its weights take to be read, whoever does it.
+pub const CUBLASLT_FROM_TOKENS: usize = 64;
+
 /// What [`linear_into`] reads.
 #[derive(Debug)]
 pub struct LinearInput<'a> {
@@ -19,12 +24,19 @@ pub struct LinearInput<'a> {
     pub x: View<'a, bf16>,
     /// `[out, in]`, or `[2 out, in]` with [`Epilogue::SwiGlu`]; out a multiple of 8.
     pub weight: View<'a, bf16>,
-    /// `[out]`.
+    /// `[out]`, or `[2 out]` with [`Epilogue::SwiGlu`].
     pub bias: Option<View<'a, f32>>,
     /// Done to every product.
     pub epilogue: Epilogue,
-    /// [`Tile::Auto`] but to measure or test.
+    /// [`Tile::Auto`] but to measure or test: any other is the kernels' own.
     pub tile: Tile,
+}
+
+/// Who multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Own,
+    CublasLt,
 }
 
 impl LinearInput<'_> {
@@ -34,16 +46,30 @@ impl LinearInput<'_> {
         let [weight_rows, _] = matrix(OPERATION, "weight", &self.weight)?;
         check_width(OPERATION, "in features", inner)?;
         check_rows(OPERATION, num_tokens)?;
-        Ok([num_tokens, inner, columns(OPERATION, self.epilogue, weight_rows, self.bias.is_some())?])
+        Ok([num_tokens, inner, columns(OPERATION, self.epilogue, weight_rows)?])
     }
 }
 
-/// `y[T, out] = epilogue(x W^T + b)`, as [`reference::linear`](crate::reference::linear) specifies, summed in float32 in an order that
-/// depends on the inner width and on whether there are few tokens: up to 8 (fewer where they are very wide), without an activation and with
-/// [`Tile::Auto`], have a kernel of their own. One launch; `2 T in out` FLOP or one read of the weight, whichever takes longer.
+/// cuBLASLt for plain products of enough tokens, where the stream has it (`cublaslt`: from so many on). It knows neither SwiGLU nor
+/// the exact GELU, and biases only of the result's own type, so that everything done to a product is the kernels' own.
+fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: Option<usize>) -> Way {
+    let plain = epilogue == Epilogue::Linear && !bias;
+    match cublaslt {
+        Some(least) if plain && tile == Tile::Auto && num_tokens >= least.max(1) => Way::CublasLt,
+        _ => Way::Own,
+    }
+}
+
+/// `y[T, out] = epilogue(x W^T + b)`, as [`reference::linear`](crate::reference::linear) specifies, summed in float32. The same call
+/// gives the same bits. `2 T in out` FLOP or one read of the weight, whichever takes longer.
+///
+/// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to 8
+/// (fewer where they are very wide), without an activation or a bias of gates and with [`Tile::Auto`], have a kernel of their own. Where the stream has cuBLASLt ([`Stream::enable_cublaslt`]), that computes what has neither bias nor epilogue, with
+/// [`Tile::Auto`], from the number of tokens on that the stream was given, except for shapes that it has no repeatable algorithm for: in
+/// one launch or two, in an order that depends on all three sizes and on the library's release.
 ///
 /// # Errors
-/// As [`grouped_gemm_into`](super::grouped_gemm_into).
+/// As [`grouped_gemm_into`](super::grouped_gemm_into); [`Error::Launch`](crate::Error::Launch) also with what cuBLASLt reports.
 pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &mut ViewMut<'_, O>) -> Result<()> {
     let [num_tokens, inner, out] = input.sizes()?;
     let launch = Launch::begin(OPERATION, stream)?;
@@ -51,10 +77,20 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
     let x = launch.read("x", &input.x, [num_tokens, inner])?;
     let weight = launch.read("weight", &input.weight, [weight_rows(input.epilogue, out), inner])?;
     let bias = match &input.bias {
-        Some(bias) => launch.read("bias", bias, [out])?,
+        Some(bias) => launch.read("bias", bias, [weight_rows(input.epilogue, out)])?,
         None => Pointer::null(),
     };
     let y = launch.write("y", y, [num_tokens, out])?;
+    let cublaslt = stream.cublaslt();
+    let least_tokens = cublaslt.map(CublasLt::least_tokens);
+    let way = way(num_tokens, input.epilogue, input.bias.is_some(), input.tile, least_tokens);
+    if let (Some(cublaslt), Way::CublasLt) = (cublaslt, way) {
+        // SAFETY: the pointers are of device memory of these shapes, checked by `launch`, on this stream's GPU; what is written is
+        // borrowed mutably; the guards in scope outlive the launch.
+        if unsafe { cublaslt.multiply(launch, [num_tokens, inner, out], &x, &weight, &y) }? {
+            return launch.end(sys::AnabranchStatus::ANABRANCH_STATUS_OK);
+        }
+    }
     if few {
         let params = sys::AnabranchLinearParams {
             num_tokens: num_tokens as u64,
@@ -94,7 +130,12 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
 
 /// Whether the kernel for few tokens is the one.
 fn takes_few(input: &LinearInput<'_>, num_tokens: usize, inner: usize) -> Result<bool> {
-    if !matches!(input.tile, Tile::Auto) || !matches!(input.epilogue, Epilogue::Linear | Epilogue::SwiGlu) {
+    let known = match input.epilogue {
+        Epilogue::Linear => true,
+        Epilogue::SwiGlu => input.bias.is_none(),
+        Epilogue::Relu | Epilogue::Gelu => false,
+    };
+    if !known || input.tile != Tile::Auto {
         return Ok(false);
     }
     let mut takes = 0;
@@ -114,4 +155,26 @@ pub fn linear<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>) -> Result
     let mut y = Tensor::from_parts(stream.alloc(num_tokens * out)?, shape);
     linear_into(stream, input, &mut y.view_mut())?;
     Ok(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CUBLASLT_FROM_TOKENS, Way, way};
+    use crate::cuda::{Epilogue, Tile};
+
+    #[test]
+    fn cublaslt_computes_plain_products_of_many_tokens() {
+        let from = Some(CUBLASLT_FROM_TOKENS);
+        let plain = |tokens, from| way(tokens, Epilogue::Linear, false, Tile::Auto, from);
+        assert_eq!(plain(CUBLASLT_FROM_TOKENS, from), Way::CublasLt);
+        assert_eq!(plain(CUBLASLT_FROM_TOKENS - 1, from), Way::Own);
+        assert_eq!(plain(1 << 20, None), Way::Own);
+        // Nothing is multiplied without tokens, from however few on.
+        assert_eq!((plain(0, Some(0)), plain(1, Some(0))), (Way::Own, Way::CublasLt));
+        for epilogue in [Epilogue::Relu, Epilogue::Gelu, Epilogue::SwiGlu] {
+            assert_eq!(way(4096, epilogue, false, Tile::Auto, from), Way::Own, "{epilogue:?}");
+        }
+        assert_eq!(way(4096, Epilogue::Linear, true, Tile::Auto, from), Way::Own);
+        assert_eq!(way(4096, Epilogue::Linear, false, Tile::Rows128, from), Way::Own);
+    }
 }

@@ -11,6 +11,7 @@
 mod attention;
 mod checks;
 mod combine;
+mod cublaslt;
 mod device;
 mod graph;
 mod grouped_gemm;
@@ -33,12 +34,13 @@ mod tensor;
 pub use attention::{AttentionBatch, AttentionInput, attention, attention_into, attention_workspace};
 pub use checks::{Float, HeadRange};
 pub use combine::{CombineInput, combine, combine_into};
+pub use cublaslt::cublaslt_version;
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
 pub use device::Device;
 pub use graph::{Graph, Recording};
 pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
-pub use linear::{LinearInput, linear, linear_into};
+pub use linear::{CUBLASLT_FROM_TOKENS, LinearInput, linear, linear_into};
 pub use moe_layer::{Arch, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, TopkBuffers};
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,

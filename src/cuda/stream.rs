@@ -2,13 +2,14 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use cudarc::driver::{CudaSlice, CudaStream, DriverError};
 
 use super::{
     Device, Element, Shape, Tensor, View, ViewMut,
+    cublaslt::CublasLt,
     launch::{driver, is_from_a_kernel, out_of_memory, reason},
 };
 use crate::{Error, Result, error::check_len};
@@ -21,6 +22,8 @@ pub struct Stream {
     /// Operations launched since the stream was last waited for, newest last. An error that a kernel meets while it runs
     /// comes up in whatever call asks the driver next, so these are the ones that may have met it.
     recent: Arc<Mutex<VecDeque<&'static str>>>,
+    /// Where it was asked for and is there.
+    cublaslt: Arc<OnceLock<CublasLt>>,
 }
 
 /// Launches that are remembered: those of a few layers.
@@ -28,7 +31,7 @@ const REMEMBERED: usize = 64;
 
 impl Stream {
     pub(super) fn on(device: Device, stream: Arc<CudaStream>) -> Self {
-        Self { device, queue: stream, recent: Arc::default() }
+        Self { device, queue: stream, recent: Arc::default(), cublaslt: Arc::default() }
     }
 
     /// Takes a stream that the caller made. Operations on it can be captured if cudarc's event tracking is off in its
@@ -59,6 +62,35 @@ impl Stream {
         self.queue.synchronize().map_err(|error| self.driver("synchronize", error))?;
         self.recent().clear();
         Ok(())
+    }
+
+    /// Lets cuBLASLt compute dense products of this stream and its clones from so many tokens on (a good number:
+    /// [`CUBLASLT_FROM_TOKENS`](super::CUBLASLT_FROM_TOKENS)); [`linear_into`](super::linear_into) says which. The library is looked
+    /// for when this is called, as the system looks for any library; the environment variable `ANABRANCH_CUBLASLT` is read here and only
+    /// here: `off`, `auto`, or the path of the library. It costs tens of milliseconds, and 32 MiB of the GPU's memory
+    /// ([`Stream::cublaslt_workspace`]) for as long as the stream is there: a graph that was captured on it must not outlive it, nor
+    /// run beside other work of it. A product's kernels are loaded when one of its sizes is first launched, which should not be in a
+    /// capture. Once enabled it stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::NoCublasLt`](crate::Error::NoCublasLt) if it is not installed, switched off, or refuses this GPU or its driver: the stream
+    /// works without. [`Error::Setting`](crate::Error::Setting) if the variable names a library that cannot be loaded,
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn enable_cublaslt(&self, from_tokens: usize) -> Result<()> {
+        if self.cublaslt.get().is_none() {
+            // Another thread may have been faster; then its is kept.
+            let _ = self.cublaslt.set(CublasLt::new(self, from_tokens)?);
+        }
+        Ok(())
+    }
+
+    /// Bytes of the GPU's memory that cuBLASLt works in on this stream; 0 where it is not enabled.
+    pub fn cublaslt_workspace(&self) -> usize {
+        self.cublaslt.get().map_or(0, CublasLt::workspace_bytes)
+    }
+
+    pub(super) fn cublaslt(&self) -> Option<&CublasLt> {
+        self.cublaslt.get()
     }
 
     /// Remembers that an operation was launched.

@@ -1,6 +1,7 @@
 //! `grouped_gemm`: both products of an expert layer, and plain ones.
 
 mod cases;
+mod cublaslt;
 mod dense;
 
 use anabranch::{
@@ -93,7 +94,7 @@ impl<O: Output> Call<O> {
         Self {
             x: Guarded::holding(stream, [x.len() / depth, depth], x, poison, 0),
             weights: Guarded::holding(stream, weight_shape, weights, poison, 0),
-            bias: bias.map(|bias| Guarded::holding(stream, [experts, columns], bias, 3.0e38, 0)),
+            bias: bias.map(|bias| Guarded::holding(stream, [experts, bias.len() / experts], bias, 3.0e38, 0)),
             offsets: Guarded::holding(stream, [experts + 1], &offsets(permutation), u32::MAX, 0),
             slots: gathered.then(|| Guarded::holding(stream, [rows], &slots(permutation), u32::MAX, 0)),
             y: Guarded::new(stream, [rows, columns], O::poison(), 0),
@@ -410,7 +411,7 @@ fn bad_calls_are_refused_before_anything_is_launched() {
         );
         assert_eq!(
             refused([3, 24], [4, 32, 24], true, 5, 6, swiglu),
-            "grouped_gemm: bias must be absent with Epilogue::SwiGlu, got given"
+            "grouped_gemm: bias must be [4, 32], got [4, 16]"
         );
         assert_eq!(
             refused([3, 24], [4, 32, 24], false, 4, 6, swiglu),

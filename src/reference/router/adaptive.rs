@@ -14,6 +14,6 @@ pub(super) fn normalized_entropy<T: Real>(logits: &[T]) -> f64 {
     if logits.len() < 2 {
         return 0.0;
     }
-    let entropy: T = softmax(logits).into_iter().map(|p| if p == T::ZERO { T::ZERO } else { -(p * p.ln()) }).sum();
-    entropy.to_f64() / (logits.len() as f64).ln()
+    let terms = softmax(logits).into_iter().map(|p| if p == T::ZERO { T::ZERO } else { -(p * p.ln()) });
+    terms.map(T::to_f64).sum::<f64>() / (logits.len() as f64).ln()
 }

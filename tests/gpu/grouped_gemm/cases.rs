@@ -1,5 +1,7 @@
 //! What the grouped product's property is tried on, and what the reference says to it.
 
+use std::ops::Range;
+
 use anabranch::{
     Dtype,
     cuda::{Epilogue, Tile},
@@ -61,7 +63,7 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
             let d = (8 * sizes[0]).min(most / 16 / 8 * 8);
             let n = (8 * sizes[1]).min(most / (2 * d) / 8 * 8).max(8);
             let tile = TILES[usize::from(bits >> 2) % TILES.len()];
-            let (bias, wide) = (bits & 1 != 0 && epilogue != Epilogue::SwiGlu, bits & 2 != 0);
+            let (bias, wide) = (bits & 1 != 0, bits & 2 != 0);
             let topk = topk.min(experts);
             Case { num_tokens, experts, topk, sizes: [d, n], flavour, epilogue, tile, bias, wide, seed }
         })
@@ -130,7 +132,7 @@ impl Case {
     }
 
     pub(crate) fn bias(&self) -> Option<Vec<f32>> {
-        let values = || noise(self.experts * self.sizes[1], 1.0, self.seed ^ 0xd);
+        let values = || noise(self.experts * self.up_rows() * self.sizes[1], 1.0, self.seed ^ 0xd);
         self.bias.then(|| values().iter().map(|value| value.to_f32() + 1e-4).collect())
     }
 }
@@ -149,6 +151,16 @@ fn matrix(rows: usize, columns: usize, values: &[bf16]) -> Matrix<'_> {
     Matrix::new(Dtype::Bf16, rows, columns, bytemuck::cast_slice(values)).unwrap()
 }
 
+/// An expert whose gate and up lie one below the other, biases too.
+fn swiglu<'a>(gate_up: Linear<'a>, down: Matrix<'a>) -> Expert<'a> {
+    let n = gate_up.weight.rows() / 2;
+    let part = |range: Range<usize>| Linear {
+        weight: gate_up.weight.slice_rows(range.clone()).unwrap(),
+        bias: gate_up.bias.map(|bias| &bias[range]),
+    };
+    Expert::SwiGlu { gate: part(0..n), up: part(n..2 * n), down: down.into() }
+}
+
 /// `epilogue(x W^T)` of one expert, by the reference: its second product is with the identity, which changes nothing.
 pub(crate) fn product(
     x: &[f32],
@@ -163,7 +175,7 @@ pub(crate) fn product(
     let rows = x.len() / depth;
     let up = |rows| Linear { weight: matrix(rows, depth, weights), bias };
     let expert = match epilogue {
-        Epilogue::SwiGlu => Expert::swiglu_stacked(up(2 * columns).weight, identity).unwrap(),
+        Epilogue::SwiGlu => swiglu(up(2 * columns), identity),
         Epilogue::Relu => Expert::Plain { activation: Activation::Relu, up: up(columns), down: identity.into() },
         Epilogue::Gelu => Expert::Plain { activation: Activation::Gelu, up: up(columns), down: identity.into() },
         _ => return anabranch::reference::linear(x, rows, &up(columns)).unwrap(),
@@ -185,7 +197,8 @@ pub(crate) fn products(
     let mut y = Vec::new();
     for (expert, range) in offsets.windows(2).enumerate() {
         if range[0] < range[1] {
-            let bias = bias.map(|bias| &bias[expert * columns..][..columns]);
+            let bias_rows = if epilogue == Epilogue::SwiGlu { 2 * columns } else { columns };
+            let bias = bias.map(|bias| &bias[expert * bias_rows..][..bias_rows]);
             let weights = &weights[expert * per_expert..][..per_expert];
             y.extend(product(&x[range[0] * depth..range[1] * depth], [depth, columns], weights, bias, epilogue));
         }
@@ -201,9 +214,9 @@ pub(crate) fn experts<'a>(case: &Case, up: &'a [bf16], down: &'a [bf16], bias: O
         .map(|expert| {
             let weight = matrix(rows, d, &up[expert * rows * d..][..rows * d]);
             let down = matrix(d, n, &down[expert * d * n..][..d * n]);
-            let up = Linear { weight, bias: bias.map(|bias| &bias[expert * n..][..n]) };
+            let up = Linear { weight, bias: bias.map(|bias| &bias[expert * rows..][..rows]) };
             match case.epilogue {
-                Epilogue::SwiGlu => Expert::swiglu_stacked(weight, down).unwrap(),
+                Epilogue::SwiGlu => swiglu(up, down),
                 Epilogue::Relu => Expert::Plain { activation: Activation::Relu, up, down: down.into() },
                 _ => Expert::Plain { activation: Activation::Gelu, up, down: down.into() },
             }

@@ -21,6 +21,8 @@ pub(crate) struct Case {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Flavour {
     Normal,
+    /// One expert, the first, about as likely as all others together: rounding of the sum shows.
+    Peaked,
     /// So far apart that softmax saturates.
     Wide,
     /// A handful of values: nearly everything ties.
@@ -34,8 +36,12 @@ pub(crate) enum Flavour {
 impl Case {
     pub(crate) fn logits(&self) -> Vec<f32> {
         let mut noise = Noise(self.seed);
-        let count = self.num_tokens * self.routing.num_experts();
-        (0..count).map(|_| self.flavour.logit(&mut noise)).collect()
+        let experts = self.routing.num_experts();
+        let peak = (experts as f32).ln();
+        let lift = |at: usize| {
+            if matches!(self.flavour, Flavour::Peaked) && at.is_multiple_of(experts) { peak } else { 0.0 }
+        };
+        (0..self.num_tokens * experts).map(|at| self.flavour.logit(&mut noise) + lift(at)).collect()
     }
 
     /// Of the size that balancing makes it, quantised so that sums tie too; infinite or NaN at times where things are ugly.
@@ -67,7 +73,7 @@ impl Case {
 impl Flavour {
     fn logit(self, noise: &mut Noise) -> f32 {
         match self {
-            Self::Normal => noise.normal(),
+            Self::Normal | Self::Peaked => noise.normal(),
             Self::Wide => noise.normal() * 20.0,
             Self::Ties => (noise.bits() % 5) as f32 - 2.0,
             Self::Equal => 0.25,
@@ -92,6 +98,7 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
     let flavour = prop::sample::select(vec![
         Flavour::Normal,
         Flavour::Normal,
+        Flavour::Peaked,
         Flavour::Wide,
         Flavour::Ties,
         Flavour::Equal,

@@ -128,7 +128,7 @@ fn kernels() -> Vec<Finding> {
 fn kernels() -> Vec<Finding> {
     use anabranch::cuda::Device;
     let finding = |state| Finding { name: "CUDA build", purpose: "lets --device cuda use the GPU", state };
-    match Device::count() {
+    let mut findings = match Device::count() {
         Err(error) => vec![finding(Err(error.to_string()))],
         Ok(0) => vec![finding(Err("the driver shows no GPU to this process".to_owned()))],
         Ok(count) => (0..count)
@@ -136,7 +136,13 @@ fn kernels() -> Vec<Finding> {
                 finding(Device::open(ordinal).and_then(|device| usable(ordinal, &device)).map_err(|e| e.to_string()))
             })
             .collect(),
-    }
+    };
+    let state = anabranch::cuda::cublaslt_version().map_err(|error| match error {
+        anabranch::Error::NoCublasLt { reason } => format!("{reason}; the kernels' own products take its place"),
+        error => error.to_string(),
+    });
+    findings.push(Finding { name: "cuBLASLt", purpose: "multiplies in the dense parts of long prompts", state });
+    findings
 }
 
 #[cfg(feature = "cuda")]

@@ -53,7 +53,7 @@ impl Norm {
     }
 }
 
-/// A dense product, `x W^T + b`, by the kernels' own `linear`.
+/// A dense product, `x W^T + b`: `linear`, which chooses between the kernels' own and cuBLASLt.
 #[derive(Debug)]
 pub(super) struct Dense {
     weight: Buffer<bf16>,

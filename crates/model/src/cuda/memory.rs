@@ -27,7 +27,7 @@ pub struct GpuUsage {
     pub weights: u64,
     /// Keys and values.
     pub cache: u64,
-    /// Activations, and what operations asked for.
+    /// Activations, and what operations and cuBLASLt asked for.
     pub workspace: u64,
     /// Allocations so far, given back or not. A pass over no more tokens and no longer a context than passes before it makes none.
     pub allocations: u64,
@@ -68,7 +68,13 @@ struct Held {
 
 impl Gpu {
     pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, meter: Arc::default() }
+        let gpu = Self { stream, meter: Arc::default() };
+        // The stream holds what cuBLASLt works in for as long as the model is there.
+        match gpu.stream.cublaslt_workspace() as u64 {
+            0 => {}
+            bytes => gpu.meter.take(Purpose::Workspace, bytes),
+        }
+        gpu
     }
 
     pub(super) fn usage(&self) -> GpuUsage {
@@ -115,11 +121,17 @@ impl Gpu {
 
     fn counted<T: Element>(&self, purpose: Purpose, tensor: Tensor<T>) -> Buffer<T> {
         let bytes = (tensor.shape().len() * size_of::<T>()) as u64;
-        let count = &self.meter.purposes[purpose as usize];
+        self.meter.take(purpose, bytes);
+        Buffer { tensor, held: Held { meter: Arc::clone(&self.meter), purpose, bytes } }
+    }
+}
+
+impl Meter {
+    fn take(&self, purpose: Purpose, bytes: u64) {
+        let count = &self.purposes[purpose as usize];
         let now = count.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         count.most.fetch_max(now, Ordering::Relaxed);
-        self.meter.allocations.fetch_add(1, Ordering::Relaxed);
-        Buffer { tensor, held: Held { meter: Arc::clone(&self.meter), purpose, bytes } }
+        self.allocations.fetch_add(1, Ordering::Relaxed);
     }
 }
 

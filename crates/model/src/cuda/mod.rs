@@ -19,8 +19,8 @@ pub use memory::GpuUsage;
 pub use moe::CudaFeedForward;
 
 use anabranch::cuda::{
-    Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, argmax_into, argmax_workspace, embedding,
-    embedding_into, linear,
+    CUBLASLT_FROM_TOKENS, Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, argmax_into, argmax_workspace,
+    embedding, embedding_into, linear,
 };
 use half::bf16;
 
@@ -53,15 +53,23 @@ pub struct CudaHidden {
 pub struct CudaTable(Dense);
 
 impl Cuda {
-    /// Opens GPU number `ordinal`, counted from 0, with a stream of its own.
+    /// Opens GPU number `ordinal`, counted from 0, with a stream of its own. Long dense products run on cuBLASLt where that is installed
+    /// ([`Stream::enable_cublaslt`]), else on the kernels' own.
     ///
     /// # Errors
-    /// [`anabranch::Error::NoGpu`] if there is none of that number, or its driver or architecture is too old.
+    /// [`anabranch::Error::NoGpu`] if there is none of that number, or its driver or architecture is too old;
+    /// [`anabranch::Error::Setting`] if `ANABRANCH_CUBLASLT` names a library that cannot be loaded, [`anabranch::Error::OutOfMemory`].
     pub fn open(ordinal: usize) -> Result<Self> {
-        Ok(Self::on(Device::open(ordinal)?.new_stream()?))
+        let stream = Device::open(ordinal)?.new_stream()?;
+        match stream.enable_cublaslt(CUBLASLT_FROM_TOKENS) {
+            Ok(()) => {}
+            Err(error @ anabranch::Error::NoCublasLt { .. }) => tracing::debug!("{error}"),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Self::on(stream))
     }
 
-    /// Runs on a stream that the caller has.
+    /// Runs on a stream that the caller has, with cuBLASLt if the caller has enabled it there.
     pub fn on(stream: Stream) -> Self {
         Self { gpu: Gpu::new(stream) }
     }
@@ -87,7 +95,6 @@ impl Backend for Cuda {
 
     fn prepare(&self, config: &Config) -> Result<()> {
         attention::check(config)?;
-        moe::check(config)?;
         let parameters = config.parameters_unbounded();
         let needed = u64::try_from(2 * parameters).unwrap_or(u64::MAX);
         let free = self.gpu.free()?;

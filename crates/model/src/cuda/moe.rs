@@ -33,7 +33,7 @@ enum Kind {
     Moe(Box<Moe>),
 }
 
-/// `(silu(x W_gate^T) * (x W_up^T)) W_down^T`.
+/// `(silu(x W_gate^T) * (x W_up^T)) W_down^T`, biases added to each product where a model has them.
 #[derive(Debug)]
 struct SwiGlu {
     gate_up: Dense,
@@ -86,16 +86,6 @@ impl Experts {
     pub(super) fn plan(&self, gpu: &Gpu, tokens: usize) -> Result<MoeLayer> {
         Ok(MoeLayer::plan(gpu.stream.device(), &self.shape, tokens, Arch::Auto)?)
     }
-}
-
-/// Refuses what no kernel does.
-pub(super) fn check(config: &Config) -> Result<()> {
-    if config.mlp_bias {
-        return Err(Error::Input(
-            "biases in SwiGLU layers (mlp_bias) have no kernel on a GPU: run the model with --device cpu".to_owned(),
-        ));
-    }
-    Ok(())
 }
 
 impl CudaFeedForward {

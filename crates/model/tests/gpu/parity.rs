@@ -1,10 +1,12 @@
 //! Logits and tokens. Weights and activations are bf16, the expected values float32: what is allowed is some rounding.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fs};
 
-use anabranch_model::{Batch, Cpu, GivenRouting, Model, Observer, Segment, TopkIds};
+use anabranch_model::{Batch, Cpu, GivenRouting, Model, Observer, Segment, TopkIds, checkpoint::write_tensors};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
 
-use crate::support::{Expected, TABLES, assert_close, golden, halves, load, logits, on_gpu};
+use crate::support::{Expected, TABLES, assert_close, folder, golden, halves, load, logits, on_gpu, relative_error};
 
 /// Of the logits of a whole prompt, relative to float32.
 const LOGITS: f64 = 4e-2;
@@ -26,6 +28,53 @@ fn logits_with_the_golden_routing() {
             assert_close(name, &got, &expected.floats("logits"), bound(name));
         }
     });
+}
+
+/// LLaMA with `mlp_bias`: the golden one, with a bias as large as what it is added to in each projection of its dense layers.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn biased_dense_layers() {
+    on_gpu(|gpu| {
+        let dir = biased_llama();
+        let ids = Expected::open("llama").tokens("input_ids");
+        let segments = halves(&ids);
+        let none = GivenRouting::new();
+        let model = Model::load(dir.path(), gpu(), &mut |_, _| {}).unwrap();
+        let reference = Model::load(dir.path(), Cpu, &mut |_, _| {}).unwrap();
+        let expected = logits(&reference, &ids, &segments, None, &none);
+        assert_close("llama with biases", &logits(&model, &ids, &segments, None, &none), &expected, LOGITS);
+        let without = logits(&load("llama", Cpu), &ids, &segments, None, &none);
+        assert!(relative_error(&without, &expected) > 10.0 * LOGITS, "the biases change too little to be seen");
+    });
+}
+
+fn biased_llama() -> tempfile::TempDir {
+    let golden = folder("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let mut config: Value = serde_json::from_slice(&fs::read(golden.join("config.json")).unwrap()).unwrap();
+    config["mlp_bias"] = json!(true);
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+
+    let stored = fs::read(golden.join("model.safetensors")).unwrap();
+    let stored = SafeTensors::deserialize(&stored).unwrap();
+    let views = stored.tensors();
+    let bias = |module: &str, rows: usize| -> Vec<u8> {
+        let value = |row: usize| half::bf16::from_f32(((row * 37 + module.len() * 11) % 101) as f32 / 50.0 - 1.0);
+        (0..rows).flat_map(|row| value(row).to_le_bytes()).collect()
+    };
+    let biases: Vec<(String, [usize; 1], Vec<u8>)> = views
+        .iter()
+        .filter_map(|(name, view)| {
+            let module = name.strip_suffix(".weight").filter(|module| module.contains(".mlp."))?;
+            let rows = view.shape()[0];
+            Some((format!("{module}.bias"), [rows], bias(module, rows)))
+        })
+        .collect();
+    assert!(!biases.is_empty());
+    let weights = views.iter().map(|(name, view)| (name.as_str(), view.dtype(), view.shape(), view.data()));
+    let biases = biases.iter().map(|(name, shape, data)| (name.as_str(), Dtype::BF16, &shape[..], &data[..]));
+    write_tensors(&dir.path().join("model.safetensors"), weights.chain(biases), &[]).unwrap();
+    dir
 }
 
 #[test]
