@@ -88,7 +88,8 @@ struct Split {
   uint32_t splits;
 };
 
-// As many splits as the GPU holds blocks at once, but none of less than one tile of keys.
+// As many splits as the GPU holds blocks at once, but none of less than one tile of keys; and a few tiles are not worth
+// the launch that would put their parts together.
 template <class Tile>
 constexpr Split choose_split(const Problem& problem, const Device& device) {
   const uint64_t rows = static_cast<uint64_t>(problem.max_q_len) * problem.group;
@@ -100,7 +101,7 @@ constexpr Split choose_split(const Problem& problem, const Device& device) {
   const uint64_t capacity = static_cast<uint64_t>(device.multiprocessors) * per_multiprocessor;
   const uint64_t most = (static_cast<uint64_t>(problem.max_kv_len) + Tile::kKeys - 1) / Tile::kKeys;
   uint64_t splits = blocks == 0 ? 1 : capacity / blocks;
-  splits = splits < most ? splits : most;
+  splits = most <= 4 ? 1 : splits < most ? splits : most;
   splits = splits < kMaxSplits ? splits : kMaxSplits;
   return {row_tiles, splits < 1 ? 1 : static_cast<uint32_t>(splits)};
 }

@@ -512,8 +512,9 @@ impl fmt::Display for MoePlan {
         if self.tile_rows > 0 {
             write!(
                 f,
-                "tiles       {} rows of weights by {} token{}",
+                "tiles       {} row{} of weights by {} token{}",
                 self.tile_rows,
+                plural(self.tile_rows),
                 self.tile_tokens,
                 plural(self.tile_tokens)
             )?;

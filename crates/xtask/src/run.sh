@@ -216,7 +216,9 @@ case ${1:-} in
     ;;
   all)
     worst=0
-    for command in test model sanitize bench demo capi rust python; do
+    commands=(test model sanitize bench demo capi rust python)
+    if [ -d "$here/candle" ] || [ -f "$here/candle.tar.xz" ]; then commands+=(candle); fi
+    for command in "${commands[@]}"; do
       echo "== $command"
       "run_$command" || worst=1
     done

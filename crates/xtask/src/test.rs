@@ -1,7 +1,7 @@
 //! `cargo xtask test`: the gate. Every step runs, whatever the ones before it found, and the end says which failed.
 
 use crate::{
-    Failure, capi, deny,
+    Failure, candle, capi, deny,
     process::{cargo, root, run as run_process},
     python, toolchain,
 };
@@ -45,6 +45,8 @@ const STEPS: &[Step] = &[
         },
     },
     Step { name: "doctests", run: || passed(&mut cargo(["test", "--workspace", "--doc", "--no-fail-fast"])) },
+    // Last: candle's own kernels take a quarter of an hour, the first time.
+    Step { name: "candle", run: candle::check },
 ];
 
 /// The names that `cargo xtask test NAME ...` takes.
