@@ -11,7 +11,7 @@ use rand_chacha::{
 use crate::{Batch, Error, Result, Segment, TextStream, Tokenizer};
 
 /// Most tokens of one pass over the prompts. Bounds the memory for activations and the wait for an interruption.
-const PREFILL_TOKENS: usize = 512;
+pub(crate) const PREFILL_TOKENS: usize = 512;
 
 /// What generation needs of a model: logits after each segment of a batch.
 pub trait Forward {

@@ -34,6 +34,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+mod expert_usage;
 mod families;
 mod generate;
 pub mod init;
@@ -44,6 +45,7 @@ pub mod tensors;
 mod text_stream;
 mod tokenizer;
 pub mod weights;
+mod whole_file;
 
 pub use backend::{Backend, Batch, Routed, Segment, TopkIds};
 pub use chat::{ChatTemplate, Message, Reply, SpecialTokens};
@@ -53,7 +55,9 @@ pub use cpu::{Cpu, CpuAttention, CpuCache, CpuTensor};
 #[cfg(feature = "cuda")]
 pub use cuda::{Cuda, CudaAttention, CudaCache, CudaFeedForward, CudaHidden, CudaNorm, CudaTable, GpuUsage};
 pub use error::{Error, Result};
+pub use expert_usage::{ExpertUsage, LayerUsage};
 pub use generate::{Finish, Forward, GenerateOptions, Generated, Generation, Stats, generate};
 pub use model::{GivenRouting, Model, Observer, Session};
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
+pub use whole_file::{check_writable, write_whole};

@@ -6,17 +6,13 @@ use crate::{
     interrupt,
     memory::{self, Demand},
     output,
+    prompts::Prompts,
     source::Source,
     units,
 };
 use anabranch::Sampling;
 use anabranch_model::{Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate};
-use std::{
-    fs,
-    io::{self, IsTerminal, Read},
-    path::PathBuf,
-    time::Duration,
-};
+use std::time::Duration;
 
 /// Generate text from a checkpoint
 #[derive(clap::Args)]
@@ -26,17 +22,14 @@ use std::{
     anabranch generate --model DIR --prompt 'One' --prompt 'Two' --stats\n  \
     anabranch generate --random-weights deepseek-moe-16b --device cuda --prompt 'One' --stats\n\n\
     Without sampling options the likeliest token is taken every time. The same options and seed give the same text.\n\
+    Several prompts are run together, and printed one after another.\n\
     Text ends at an end-of-text token, at a --stop string (which is not printed) or after --max-new-tokens.\n\
     A closed pipe (`anabranch generate ... | head -c 100`) ends the run quietly, with success.")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// Text to continue; several are run together, and printed one after another [default: standard input]
-    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
-    prompt: Vec<String>,
-    /// File whose whole text is the prompt, but for one line end at its end
-    #[arg(long, value_name = "FILE")]
-    prompt_file: Option<PathBuf>,
+    #[command(flatten)]
+    prompts: Prompts,
     /// Put the prompt in the checkpoint's chat template, as the user's message
     #[arg(long)]
     chat: bool,
@@ -82,7 +75,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 impl Task for &Arguments {
     fn on<P: Place>(self, place: P) -> Result<(), Failure> {
         let sampling = self.sampling()?;
-        let texts = self.texts()?;
+        let texts = self.prompts.texts()?;
         let config = self.source.config()?;
         let tokenizer = self.source.tokenizer(&config)?;
         let encode = |text: &String| {
@@ -178,51 +171,6 @@ impl Arguments {
         }
         Ok(sampling.build().map_err(Error::from)?)
     }
-
-    /// The prompts: from the options, a file, or standard input; never empty.
-    fn texts(&self) -> Result<Vec<String>, Failure> {
-        let texts = match &self.prompt_file {
-            Some(path) => {
-                let bytes = fs::read(path).map_err(Error::io("read", path))?;
-                vec![text(&path.display().to_string(), bytes)?]
-            }
-            None if self.prompt.is_empty() => vec![text("standard input", read_stdin()?)?],
-            None => self.prompt.clone(),
-        };
-        if texts.iter().any(String::is_empty) {
-            return Err(Failure::Failed(
-                "the prompt is empty; give text with --prompt, --prompt-file or on standard input".to_owned(),
-            ));
-        }
-        Ok(texts)
-    }
-}
-
-fn read_stdin() -> Result<Vec<u8>, Failure> {
-    let mut stdin = io::stdin().lock();
-    tracing::debug!("reading the prompt from standard input");
-    if stdin.is_terminal() {
-        output::complain("Type the prompt, then Ctrl-D at the beginning of a line.");
-    }
-    let mut bytes = Vec::new();
-    stdin.read_to_end(&mut bytes).map_err(|error| Failure::Failed(format!("cannot read standard input: {error}")))?;
-    Ok(bytes)
-}
-
-/// The text of a file, without the line end that editors put after the last line.
-fn text(source: &str, bytes: Vec<u8>) -> Result<String, Failure> {
-    let mut text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let byte = error.as_bytes()[at];
-        Failure::Failed(format!("{source} is not UTF-8 text: byte {byte:#04x} at offset {at} is out of place"))
-    })?;
-    if text.ends_with('\n') {
-        text.pop();
-        if text.ends_with('\r') {
-            text.pop();
-        }
-    }
-    Ok(text)
 }
 
 fn number(text: &str, allowed: impl Fn(f32) -> bool, expected: &str) -> Result<f32, String> {
@@ -249,22 +197,6 @@ fn penalty(text: &str) -> Result<f32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_line_end_goes() {
-        let stripped = |bytes: &[u8]| text("file", bytes.to_vec()).unwrap();
-        assert_eq!(stripped(b"a\nb\n"), "a\nb");
-        assert_eq!(stripped(b"a\r\n"), "a");
-        assert_eq!(stripped(b"a\n\n"), "a\n");
-        assert_eq!(stripped(b"a\r"), "a\r");
-        assert_eq!(stripped(b"\n"), "");
-    }
-
-    #[test]
-    fn bytes_that_are_no_text() {
-        let failure = text("p.txt", b"ab\xff".to_vec()).unwrap_err().to_string();
-        assert_eq!(failure, "p.txt is not UTF-8 text: byte 0xff at offset 2 is out of place");
-    }
 
     #[test]
     fn numbers_in_range() {

@@ -1,0 +1,99 @@
+//! The texts that a command is given.
+
+use crate::{failure::Failure, output};
+use anabranch_model::Error;
+use std::{
+    fs,
+    io::{self, IsTerminal, Read},
+    path::PathBuf,
+};
+
+/// What to read, as every command that takes text asks.
+#[derive(clap::Args)]
+pub(crate) struct Prompts {
+    /// Text for the model; may be given several times [default: standard input]
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
+    prompt: Vec<String>,
+    /// File whose whole text is the prompt, but for one line end at its end
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+}
+
+impl Prompts {
+    /// The prompts: from the options, a file, or standard input; never empty.
+    pub(crate) fn texts(&self) -> Result<Vec<String>, Failure> {
+        let texts = match &self.prompt_file {
+            Some(path) => {
+                let bytes = fs::read(path).map_err(Error::io("read", path))?;
+                vec![text(&path.display().to_string(), bytes)?]
+            }
+            None if self.prompt.is_empty() => vec![text("standard input", read_stdin()?)?],
+            None => self.prompt.clone(),
+        };
+        if texts.iter().any(String::is_empty) {
+            return Err(Failure::Failed(
+                "the prompt is empty; give text with --prompt, --prompt-file or on standard input".to_owned(),
+            ));
+        }
+        Ok(texts)
+    }
+
+    /// What the texts are, for a heading.
+    pub(crate) fn name(&self) -> String {
+        let file = self.prompt_file.as_deref().map(|path| path.file_name().unwrap_or(path.as_os_str()));
+        match (file, self.prompt.len()) {
+            (Some(file), _) => file.to_string_lossy().into_owned(),
+            (None, 0) => "standard input".to_owned(),
+            (None, 1) => "one prompt".to_owned(),
+            (None, count) => format!("{count} prompts"),
+        }
+    }
+}
+
+fn read_stdin() -> Result<Vec<u8>, Failure> {
+    let mut stdin = io::stdin().lock();
+    tracing::debug!("reading the prompt from standard input");
+    if stdin.is_terminal() {
+        output::complain("Type the prompt, then Ctrl-D at the beginning of a line.");
+    }
+    let mut bytes = Vec::new();
+    stdin.read_to_end(&mut bytes).map_err(|error| Failure::Failed(format!("cannot read standard input: {error}")))?;
+    Ok(bytes)
+}
+
+/// The text of a file, without the line end that editors put after the last line.
+fn text(source: &str, bytes: Vec<u8>) -> Result<String, Failure> {
+    let mut text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let byte = error.as_bytes()[at];
+        Failure::Failed(format!("{source} is not UTF-8 text: byte {byte:#04x} at offset {at} is out of place"))
+    })?;
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_end_goes() {
+        let stripped = |bytes: &[u8]| text("file", bytes.to_vec()).unwrap();
+        assert_eq!(stripped(b"a\nb\n"), "a\nb");
+        assert_eq!(stripped(b"a\r\n"), "a");
+        assert_eq!(stripped(b"a\n\n"), "a\n");
+        assert_eq!(stripped(b"a\r"), "a\r");
+        assert_eq!(stripped(b"\n"), "");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text() {
+        let failure = text("p.txt", b"ab\xff".to_vec()).unwrap_err().to_string();
+        assert_eq!(failure, "p.txt is not UTF-8 text: byte 0xff at offset 2 is out of place");
+    }
+}
