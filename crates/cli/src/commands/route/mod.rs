@@ -137,12 +137,12 @@ impl Arguments {
         }
         if let Some(path) = &self.plot {
             let subject = picture::Subject {
-                title: &format!("Experts that {} uses", shortened(&report.model)),
+                title: &format!("Expert usage of {}", shortened(&report.model)),
                 subtitle: &report.subtitle(),
                 layer: self.layer.or_else(|| usage.most_uneven()).unwrap_or_default(),
                 groups: moe.routing.group_limit().map_or(1, |groups| groups.n_group),
             };
-            put(path, &picture::draw(&subject, usage))?;
+            put(path, &picture::draw(&subject, usage.layers()))?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use crate::{
     svg::{begin, escaped, line, text},
     units,
 };
-use anabranch_model::{ExpertUsage, LayerUsage};
+use anabranch_model::LayerUsage;
 use std::{collections::BTreeMap, fmt::Write};
 
 /// What is said above the picture, and what the picture is to show.
@@ -169,10 +169,9 @@ fn fill(svg: &mut String, cells: impl Iterator<Item = (usize, usize, Shade)>) {
     svg.push_str("</g>\n");
 }
 
-/// Draws it all.
-pub(super) fn draw(subject: &Subject<'_>, usage: &ExpertUsage) -> String {
-    let layers: Vec<(usize, &LayerUsage)> = usage.layers().iter().map(|(layer, usage)| (*layer, usage)).collect();
-    let experts = layers.first().map_or(1, |(_, usage)| usage.num_experts());
+/// Draws it all; every layer has the same number of experts.
+pub(super) fn draw(subject: &Subject<'_>, layers: &BTreeMap<usize, LayerUsage>) -> String {
+    let experts = layers.values().map(LayerUsage::num_experts).max().unwrap_or(1);
     // Whole pixels: what is not would be blurred.
     let map = Cells {
         left: LEFT,
@@ -183,20 +182,20 @@ pub(super) fn draw(subject: &Subject<'_>, usage: &ExpertUsage) -> String {
         height: (600.0 / layers.len().max(1) as f64).floor().clamp(8.0, 26.0),
     };
     let side = (576.0 / experts as f64).round().clamp(1.0, 28.0);
-    let top = map.bottom() + 186.0;
+    let top = map.bottom() + 166.0;
     let pairs = Cells { left: LEFT, top, columns: experts, rows: experts, width: side, height: side };
     let width = LEAST_WIDTH.max(map.right() + 28.0 + 2.0 * COLUMN).max(pairs.right() + 330.0);
     let below = pairs.bottom().max(top + 40.0 + 18.0 * PAIRS as f64);
 
-    let mut svg = begin(width, below + 116.0);
+    let mut svg = begin(width, below + 112.0);
     text(&mut svg, [LEFT, 32.0], "start", "font-size=\"18\" font-weight=\"bold\"", subject.title);
     text(&mut svg, [LEFT, 54.0], "start", "fill=\"#555\"", subject.subtitle);
-    loads(&mut svg, &map, &layers, subject);
-    bars(&mut svg, &map, &layers);
+    loads(&mut svg, &map, layers, subject);
+    bars(&mut svg, &map, layers);
     let captions = ["load: tokens of an expert, as a multiple of an even load", "chosen by no token"];
     legend(&mut svg, [LEFT, map.bottom() + 66.0], captions, UNUSED);
 
-    if let Some(layer) = usage.layers().get(&subject.layer) {
+    if let Some(layer) = layers.get(&subject.layer) {
         together(&mut svg, &pairs, layer, subject);
         let captions = ["tokens of a pair, as a multiple of what the two loads alone would give", "the same expert"];
         legend(&mut svg, [LEFT, below + 66.0], captions, SAME);
@@ -206,9 +205,9 @@ pub(super) fn draw(subject: &Subject<'_>, usage: &ExpertUsage) -> String {
 }
 
 /// The heat map.
-fn loads(svg: &mut String, map: &Cells, layers: &[(usize, &LayerUsage)], subject: &Subject<'_>) {
+fn loads(svg: &mut String, map: &Cells, layers: &BTreeMap<usize, LayerUsage>, subject: &Subject<'_>) {
     map.open(svg);
-    let cells = layers.iter().enumerate().flat_map(|(row, (_, usage))| {
+    let cells = layers.values().enumerate().flat_map(|(row, usage)| {
         let shade = |load: f64| if load > 0.0 { Shade::of(load) } else { Shade::Never };
         usage.relative_loads().into_iter().enumerate().map(move |(expert, load)| (row, expert, shade(load)))
     });
@@ -241,8 +240,8 @@ fn loads(svg: &mut String, map: &Cells, layers: &[(usize, &LayerUsage)], subject
 }
 
 /// Entropy and `MaxVio` beside the layers.
-fn bars(svg: &mut String, map: &Cells, layers: &[(usize, &LayerUsage)]) {
-    let max_vio = layers.iter().map(|(_, usage)| usage.max_vio()).fold(0.0, f64::max);
+fn bars(svg: &mut String, map: &Cells, layers: &BTreeMap<usize, LayerUsage>) {
+    let max_vio = layers.values().map(LayerUsage::max_vio).fold(0.0, f64::max);
     let columns: [(&str, &str, f64, fn(&LayerUsage) -> f64, usize); 2] = [
         ("entropy (1 is even)", ENTROPY, 1.0, LayerUsage::entropy, 3),
         ("MaxVio (0 is even)", MAX_VIO, max_vio, LayerUsage::max_vio, 2),
@@ -252,7 +251,7 @@ fn bars(svg: &mut String, map: &Cells, layers: &[(usize, &LayerUsage)]) {
         text(svg, [left, TOP - 10.0], "start", "font-size=\"12\"", name);
         let (height, size) = ((map.height * 0.72).round(), map.height.min(11.0));
         let mut words = String::new();
-        for (row, (_, usage)) in layers.iter().enumerate() {
+        for (row, usage) in layers.values().enumerate() {
             let (value, top) = (value(usage), map.top + row as f64 * map.height);
             let length = if most > 0.0 { BAR * value / most } else { 0.0 };
             let y = top + ((map.height - height) / 2.0).floor();
@@ -288,12 +287,12 @@ fn together(svg: &mut String, map: &Cells, usage: &LayerUsage, subject: &Subject
         text(svg, [LEFT - 8.0, at], "end", "font-size=\"11\"", &expert.to_string());
     }
 
-    let mut pairs: Vec<(usize, usize)> = below.filter(|(a, b)| usage.together(*a, *b) > 0).collect();
+    let mut pairs: Vec<(usize, usize)> = below.filter(|(a, b)| lift[a * experts + b] > 1.0).collect();
     pairs.sort_by(|x, y| lift[y.0 * experts + y.1].total_cmp(&lift[x.0 * experts + x.1]));
     let left = map.right() + 36.0;
     let heading =
         if pairs.is_empty() { "no two experts share a token" } else { "pairs most above what their loads give" };
-    text(svg, [left, map.top + 12.0], "start", "font-weight=\"bold\"", heading);
+    text(svg, [left, map.top + 12.0], "start", "font-weight=\"bold\"", &heading);
     for (index, (a, b)) in pairs.into_iter().take(PAIRS).enumerate() {
         let y = map.top + 36.0 + 18.0 * index as f64;
         text(svg, [left, y], "start", "", &format!("{b} and {a}"));
@@ -322,4 +321,102 @@ fn legend(svg: &mut String, [left, top]: [f64; 2], [caption, other]: [&str; 2], 
     let x = left + f64::from(2 * CLASSES + 3) * SWATCH;
     swatch(svg, x, other_colour);
     text(svg, [x + SWATCH + 6.0, top + 11.0], "start", "font-size=\"12\"", other);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anabranch_model::TopkIds;
+
+    /// Layers that prefer some experts, more so the deeper they are, and pairs of neighbours.
+    fn skewed(layers: usize, experts: usize, topk: usize, tokens: usize) -> BTreeMap<usize, LayerUsage> {
+        let mut state = 1_u64;
+        let mut random = || {
+            // The upper bits of a linear congruence (Knuth's MMIX).
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 11) as f64 / (1_u64 << 53) as f64
+        };
+        let mut usage = BTreeMap::new();
+        for layer in 1..=layers {
+            let liking: Vec<f64> = (0..experts).map(|_| random().powf(4.0 * layer as f64 / layers as f64)).collect();
+            let mut ids = Vec::new();
+            for _ in 0..tokens {
+                let topic = (random() * 16.0) as usize;
+                let score = |(expert, liking): (usize, &f64)| {
+                    let near = if expert * 16 / experts == topic { 3.0 } else { 1.0 };
+                    (near * liking * (random() + 0.02), expert as i32)
+                };
+                let mut scores: Vec<_> = liking.iter().enumerate().map(score).collect();
+                scores.sort_by(|a, b| b.0.total_cmp(&a.0));
+                ids.extend(scores[..topk].iter().map(|(_, expert)| *expert));
+            }
+            let mut counted = LayerUsage::new(experts);
+            counted.add(&TopkIds { ids, topk }).unwrap();
+            usage.insert(layer, counted);
+        }
+        usage
+    }
+
+    fn drawn(layers: &BTreeMap<usize, LayerUsage>, groups: usize) -> String {
+        let subject =
+            Subject { title: "a <model>", subtitle: "of tests", layer: *layers.keys().last().unwrap_or(&0), groups };
+        let svg = draw(&subject, layers);
+        for element in ["g", "text", "title", "svg"] {
+            let opened = svg.matches(&format!("<{element} ")).count() + svg.matches(&format!("<{element}>")).count();
+            assert_eq!(opened, svg.matches(&format!("</{element}>")).count(), "{element}");
+        }
+        assert!(!svg.contains("NaN") && !svg.contains("inf") && svg.contains("a &lt;model&gt;"));
+        svg
+    }
+
+    /// Cells that strokes in a text cover.
+    fn covered(svg: &str) -> usize {
+        let strokes = svg.lines().filter(|line| line.starts_with("<path stroke=\"#") && line.contains(" d=\""));
+        let runs = strokes.flat_map(|line| line.split('h').skip(1));
+        runs.filter_map(|run| run.split(['M', '"']).next()?.parse::<usize>().ok()).sum()
+    }
+
+    #[test]
+    fn every_cell_is_painted_once() {
+        for (layers, experts, topk) in [(1, 8, 1), (2, 8, 2), (27, 64, 6), (3, 300, 5)] {
+            let svg = drawn(&skewed(layers, experts, topk, 50), 1);
+            assert_eq!(covered(&svg), layers * experts + experts * (experts - 1) / 2, "{layers} by {experts}");
+        }
+    }
+
+    #[test]
+    fn large_models_are_small_files() {
+        let usage = skewed(61, 256, 8, 300);
+        let svg = drawn(&usage, 8);
+        if let Ok(folder) = std::env::var("PICTURES") {
+            for (name, usage, groups) in [
+                ("v3", skewed(61, 256, 8, 6000), 8),
+                ("v3-few", usage.clone(), 8),
+                ("moe16b", skewed(27, 64, 6, 3000), 1),
+                ("qwen3", skewed(94, 128, 8, 3000), 1),
+                ("switch", skewed(6, 1000, 1, 3000), 1),
+                ("kimi", skewed(60, 384, 8, 3000), 1),
+            ] {
+                std::fs::write(format!("{folder}/{name}.svg"), drawn(&usage, groups)).unwrap();
+            }
+        }
+        assert!(svg.len() < 500_000, "{} bytes", svg.len());
+    }
+
+    #[test]
+    fn nothing_to_show_is_an_empty_picture() {
+        assert_eq!(covered(&drawn(&BTreeMap::new(), 1)), 0);
+        assert_eq!(covered(&drawn(&BTreeMap::from([(0, LayerUsage::new(4))]), 1)), 4 + 6);
+    }
+
+    #[test]
+    fn shades_are_symmetric_and_end() {
+        assert!(
+            Shade::of(1.0) == Shade::Ratio(0) && Shade::of(0.0) == Shade::of(0.125) && Shade::of(1e9) == Shade::of(8.0)
+        );
+        assert_eq!(Shade::of(1.0).colour(), "#f6f6f3");
+        assert_eq!(Shade::of(0.0).colour(), "#0b2a5b");
+        assert_eq!(Shade::of(8.0).colour(), "#701a04");
+        assert!(Shade::of(2.0) == Shade::Ratio(4) && Shade::of(0.5) == Shade::Ratio(-4));
+    }
 }
