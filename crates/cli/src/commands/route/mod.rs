@@ -19,6 +19,7 @@ use anabranch_model::{
 };
 use serde::Serialize;
 use std::{
+    ffi::OsStr,
     fs::File,
     io::Write,
     path::{Path, PathBuf},
@@ -73,7 +74,7 @@ const NAME: usize = 40;
 
 fn svg_path(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
-    let extension = path.extension().map(|extension| extension.to_ascii_lowercase());
+    let extension = path.extension().map(OsStr::to_ascii_lowercase);
     if extension.is_some_and(|extension| extension == "svg") {
         return Ok(path);
     }
@@ -183,7 +184,8 @@ struct Report<'a> {
 
 #[derive(Serialize)]
 struct Layer {
-    layer: usize,
+    #[serde(rename = "layer")]
+    index: usize,
     entropy: f64,
     max_vio: f64,
     load: Vec<u64>,
@@ -192,8 +194,8 @@ struct Layer {
 
 impl<'a> Report<'a> {
     fn new(arguments: &Arguments, config: &'a Config, moe: &Moe, usage: &ExpertUsage) -> Self {
-        let layer = |(layer, usage): (&usize, &LayerUsage)| Layer {
-            layer: *layer,
+        let layer = |(index, usage): (&usize, &LayerUsage)| Layer {
+            index: *index,
             entropy: usage.entropy(),
             max_vio: usage.max_vio(),
             load: usage.loads(),

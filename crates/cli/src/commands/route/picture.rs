@@ -1,4 +1,4 @@
-//! Expert usage as SVG: layers down and experts across, coloured by load; beside each layer its entropy and `MaxVio`; below, which
+//! Expert usage as SVG: layers down and experts across, coloured by load; beside each layer its entropy and MaxVio; below, which
 //! experts of one layer are chosen together.
 
 use super::{busiest, ratio};
@@ -184,10 +184,13 @@ pub(super) fn draw(subject: &Subject<'_>, layers: &BTreeMap<usize, LayerUsage>) 
     let side = (576.0 / experts as f64).round().clamp(1.0, 28.0);
     let top = map.bottom() + 166.0;
     let pairs = Cells { left: LEFT, top, columns: experts, rows: experts, width: side, height: side };
-    let width = LEAST_WIDTH.max(map.right() + 28.0 + 2.0 * COLUMN).max(pairs.right() + 330.0);
+    let layer = layers.get(&subject.layer).filter(|usage| shares_tokens(usage));
+    let least = if layer.is_some() { pairs.right() + 330.0 } else { LEAST_WIDTH };
+    let width = LEAST_WIDTH.max(map.right() + 28.0 + 2.0 * COLUMN).max(least);
     let below = pairs.bottom().max(top + 40.0 + 18.0 * PAIRS as f64);
+    let height = if layer.is_some() { below + 112.0 } else { top };
 
-    let mut svg = begin(width, below + 112.0);
+    let mut svg = begin(width, height);
     text(&mut svg, [LEFT, 32.0], "start", "font-size=\"18\" font-weight=\"bold\"", subject.title);
     text(&mut svg, [LEFT, 54.0], "start", "fill=\"#555\"", subject.subtitle);
     loads(&mut svg, &map, layers, subject);
@@ -195,13 +198,21 @@ pub(super) fn draw(subject: &Subject<'_>, layers: &BTreeMap<usize, LayerUsage>) 
     let captions = ["load: tokens of an expert, as a multiple of an even load", "chosen by no token"];
     legend(&mut svg, [LEFT, map.bottom() + 66.0], captions, UNUSED);
 
-    if let Some(layer) = layers.get(&subject.layer) {
+    if let Some(layer) = layer {
         together(&mut svg, &pairs, layer, subject);
         let captions = ["tokens of a pair, as a multiple of what the two loads alone would give", "the same expert"];
         legend(&mut svg, [LEFT, below + 66.0], captions, SAME);
+    } else {
+        text(&mut svg, [LEFT, top - 30.0], "start", "fill=\"#555\"", "No token is shared by two experts.");
     }
     svg.push_str("</svg>\n");
     svg
+}
+
+/// Whether any token chose two experts.
+fn shares_tokens(usage: &LayerUsage) -> bool {
+    let mut pairs = (0..usage.num_experts()).flat_map(|a| (0..a).map(move |b| (a, b)));
+    pairs.any(|(a, b)| usage.together(a, b) > 0)
 }
 
 /// The heat map.
@@ -239,32 +250,38 @@ fn loads(svg: &mut String, map: &Cells, layers: &BTreeMap<usize, LayerUsage>, su
     }
 }
 
-/// Entropy and `MaxVio` beside the layers.
+/// Entropy and MaxVio beside the layers.
 fn bars(svg: &mut String, map: &Cells, layers: &BTreeMap<usize, LayerUsage>) {
-    let max_vio = layers.values().map(LayerUsage::max_vio).fold(0.0, f64::max);
-    let columns: [(&str, &str, f64, fn(&LayerUsage) -> f64, usize); 2] = [
-        ("entropy (1 is even)", ENTROPY, 1.0, LayerUsage::entropy, 3),
-        ("MaxVio (0 is even)", MAX_VIO, max_vio, LayerUsage::max_vio, 2),
-    ];
-    for (index, (name, colour, most, value, digits)) in columns.into_iter().enumerate() {
-        let left = map.right() + 28.0 + index as f64 * COLUMN;
-        text(svg, [left, TOP - 10.0], "start", "font-size=\"12\"", name);
-        let (height, size) = ((map.height * 0.72).round(), map.height.min(11.0));
-        let mut words = String::new();
-        for (row, usage) in layers.values().enumerate() {
-            let (value, top) = (value(usage), map.top + row as f64 * map.height);
-            let length = if most > 0.0 { BAR * value / most } else { 0.0 };
-            let y = top + ((map.height - height) / 2.0).floor();
-            let _ = writeln!(
-                svg,
-                "<rect x=\"{left}\" y=\"{y}\" width=\"{length:.1}\" height=\"{height}\" fill=\"{colour}\"/>"
-            );
-            let at = top + map.height / 2.0 + size * 0.36;
-            let _ = writeln!(words, "<text x=\"{:.1}\" y=\"{at:.1}\">{value:.digits$}</text>", left + length + 4.0);
-        }
-        let _ = writeln!(svg, "<g font-size=\"{size}\" fill=\"#444\">\n{words}</g>");
-        line(svg, [left, map.top, left, map.bottom()], "stroke=\"#999\"");
+    let entropy: Vec<f64> = layers.values().map(LayerUsage::entropy).collect();
+    let max_vio: Vec<f64> = layers.values().map(LayerUsage::max_vio).collect();
+    let most = max_vio.iter().copied().fold(0.0, f64::max);
+    let left = map.right() + 28.0;
+    column(svg, map, left, ("entropy (1 is even)", ENTROPY), (&entropy, 1.0, 3));
+    column(svg, map, left + COLUMN, ("MaxVio (0 is even)", MAX_VIO), (&max_vio, most, 2));
+}
+
+/// A bar for each row of a map, with its value to some digits; the longest is for `most`.
+fn column(
+    svg: &mut String,
+    map: &Cells,
+    left: f64,
+    (name, colour): (&str, &str),
+    (values, most, digits): (&[f64], f64, usize),
+) {
+    text(svg, [left, TOP - 10.0], "start", "font-size=\"12\"", name);
+    let (height, size) = ((map.height * 0.72).round(), map.height.min(11.0));
+    let mut words = String::new();
+    for (row, value) in values.iter().enumerate() {
+        let top = map.top + row as f64 * map.height;
+        let length = if most > 0.0 { BAR * value / most } else { 0.0 };
+        let y = top + ((map.height - height) / 2.0).floor();
+        let _ =
+            writeln!(svg, "<rect x=\"{left}\" y=\"{y}\" width=\"{length:.1}\" height=\"{height}\" fill=\"{colour}\"/>");
+        let at = top + map.height / 2.0 + size * 0.36;
+        let _ = writeln!(words, "<text x=\"{:.1}\" y=\"{at:.1}\">{value:.digits$}</text>", left + length + 4.0);
     }
+    let _ = writeln!(svg, "<g font-size=\"{size}\" fill=\"#444\">\n{words}</g>");
+    line(svg, [left, map.top, left, map.bottom()], "stroke=\"#999\"");
 }
 
 /// Which experts of a layer are chosen together.
@@ -290,9 +307,12 @@ fn together(svg: &mut String, map: &Cells, usage: &LayerUsage, subject: &Subject
     let mut pairs: Vec<(usize, usize)> = below.filter(|(a, b)| lift[a * experts + b] > 1.0).collect();
     pairs.sort_by(|x, y| lift[y.0 * experts + y.1].total_cmp(&lift[x.0 * experts + x.1]));
     let left = map.right() + 36.0;
-    let heading =
-        if pairs.is_empty() { "no two experts share a token" } else { "pairs most above what their loads give" };
-    text(svg, [left, map.top + 12.0], "start", "font-weight=\"bold\"", &heading);
+    let heading = if pairs.is_empty() {
+        "no pair is above what its loads give"
+    } else {
+        "pairs most above what their loads give"
+    };
+    text(svg, [left, map.top + 12.0], "start", "font-weight=\"bold\"", heading);
     for (index, (a, b)) in pairs.into_iter().take(PAIRS).enumerate() {
         let y = map.top + 36.0 + 18.0 * index as f64;
         text(svg, [left, y], "start", "", &format!("{b} and {a}"));
@@ -380,33 +400,21 @@ mod tests {
     fn every_cell_is_painted_once() {
         for (layers, experts, topk) in [(1, 8, 1), (2, 8, 2), (27, 64, 6), (3, 300, 5)] {
             let svg = drawn(&skewed(layers, experts, topk, 50), 1);
-            assert_eq!(covered(&svg), layers * experts + experts * (experts - 1) / 2, "{layers} by {experts}");
+            let pairs = if topk > 1 { experts * (experts - 1) / 2 } else { 0 };
+            assert_eq!(covered(&svg), layers * experts + pairs, "{layers} by {experts}");
         }
     }
 
     #[test]
     fn large_models_are_small_files() {
-        let usage = skewed(61, 256, 8, 300);
-        let svg = drawn(&usage, 8);
-        if let Ok(folder) = std::env::var("PICTURES") {
-            for (name, usage, groups) in [
-                ("v3", skewed(61, 256, 8, 6000), 8),
-                ("v3-few", usage.clone(), 8),
-                ("moe16b", skewed(27, 64, 6, 3000), 1),
-                ("qwen3", skewed(94, 128, 8, 3000), 1),
-                ("switch", skewed(6, 1000, 1, 3000), 1),
-                ("kimi", skewed(60, 384, 8, 3000), 1),
-            ] {
-                std::fs::write(format!("{folder}/{name}.svg"), drawn(&usage, groups)).unwrap();
-            }
-        }
+        let svg = drawn(&skewed(61, 256, 8, 300), 8);
         assert!(svg.len() < 500_000, "{} bytes", svg.len());
     }
 
     #[test]
     fn nothing_to_show_is_an_empty_picture() {
         assert_eq!(covered(&drawn(&BTreeMap::new(), 1)), 0);
-        assert_eq!(covered(&drawn(&BTreeMap::from([(0, LayerUsage::new(4))]), 1)), 4 + 6);
+        assert_eq!(covered(&drawn(&BTreeMap::from([(0, LayerUsage::new(4))]), 1)), 4);
     }
 
     #[test]
