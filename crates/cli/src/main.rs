@@ -10,7 +10,9 @@ mod interrupt;
 mod memory;
 mod output;
 mod progress;
+mod prompts;
 mod source;
+mod svg;
 mod units;
 
 use clap::{Parser, Subcommand};
@@ -34,6 +36,7 @@ struct Cli {
 enum Command {
     Generate(commands::generate::Arguments),
     Logits(commands::logits::Arguments),
+    Route(commands::route::Arguments),
     Inspect(commands::inspect::Arguments),
     Init(commands::init::Arguments),
     Bench(commands::bench::Arguments),
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
     let result = interrupt::install().and_then(|()| match cli.command {
         Command::Generate(arguments) => commands::generate::run(&arguments),
         Command::Logits(arguments) => commands::logits::run(&arguments),
+        Command::Route(arguments) => commands::route::run(&arguments),
         Command::Inspect(arguments) => commands::inspect::run(&arguments),
         Command::Init(arguments) => commands::init::run(&arguments),
         Command::Bench(arguments) => commands::bench::run(&arguments),

@@ -12,6 +12,11 @@ pub(crate) fn writing<T>(work: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T 
     shown("writing {bar:30} {bytes}/{total_bytes}, {eta} left", work)
 }
 
+/// Runs `work`, which tells how many of how many tokens it has read.
+pub(crate) fn reading<T>(work: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T {
+    shown("reading {bar:30} {pos}/{len} tokens, {eta} left", work)
+}
+
 fn shown<T>(template: &str, work: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T {
     // It draws to stderr, and only if that is a terminal.
     let bar = ProgressBar::no_length();

@@ -257,8 +257,9 @@ impl<F: Forward> Engine<F> {
             Self::rows(&self.model.forward(&batch)?, self.model.vocab_size())
         };
         if next.len() != segments.len() {
-            let (operation, argument, expected) = ("engine", "logits", format!("{} rows", segments.len()));
-            return Err(anabranch::Error::Shape { operation, argument, expected, got: next.len().to_string() }.into());
+            let expected = format!("{} rows of {}", segments.len(), self.model.vocab_size());
+            let (operation, argument, got) = ("engine", "logits", next.len().to_string());
+            return Err(anabranch::Error::Shape { operation, argument, expected, got }.into());
         }
 
         let mut step = Step::default();

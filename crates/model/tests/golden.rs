@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anabranch_model::{Batch, Cpu, GivenRouting, Model, Observer, Segment, TensorFile, TopkIds};
+use anabranch_model::{
+    Batch, Cpu, ExpertUsage, GivenRouting, LayerUsage, Model, Observer, Segment, TensorFile, TopkIds,
+};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(name)
@@ -101,6 +103,45 @@ fn check_forward(name: &str) {
     }
 }
 
+/// What is counted on the way is what the stored choices give, layer by layer; sequences that are cut are sequences of their own.
+fn check_usage(name: &str) {
+    let (model, expected) = open(name);
+    let ids = expected.tokens("input_ids");
+    let texts: Vec<Vec<u32>> = ids.chunks(ids.len() / 2).map(<[u32]>::to_vec).collect();
+    let mut passes = Vec::new();
+    let mut count = |texts: &[Vec<u32>], context| {
+        ExpertUsage::of_texts(&model, texts, context, &mut |done| {
+            passes.push(done);
+            Ok(())
+        })
+    };
+    let Some(moe) = &model.config().moe else {
+        assert!(count(&texts, 64).unwrap_err().to_string().contains("dense"));
+        return;
+    };
+    let usage = count(&texts, 64).unwrap();
+    assert_eq!((usage.tokens(), usage.sequences()), (48, 2));
+    let layers: Vec<String> = usage.layers().keys().map(|layer| format!("topk.{layer}")).collect();
+    let mut stored: Vec<&str> = expected.0.names().filter(|name| name.starts_with("topk.")).collect();
+    stored.sort_unstable();
+    assert_eq!(layers, stored);
+    for (got, layer) in usage.layers().values().zip(&layers) {
+        let mut counted = LayerUsage::new(moe.routing.num_experts());
+        let ids = expected.ids(layer).iter().map(|id| *id as i32).collect();
+        counted.add(&TopkIds { ids, topk: moe.routing.topk() }).unwrap();
+        assert_eq!(*got, counted, "{layer}");
+    }
+    let cut = count(&texts, 9).unwrap();
+    let pieces: Vec<Vec<u32>> = texts.iter().flat_map(|text| text.chunks(9)).map(<[u32]>::to_vec).collect();
+    assert_eq!(cut, count(&pieces, 64).unwrap());
+    assert_eq!(cut.sequences(), 6);
+    assert!(count(&[vec![], vec![]], 64).unwrap_err().to_string().contains("no token"));
+    assert!(count(&texts, 513).unwrap_err().to_string().contains("context of 513"));
+    let uneven = usage.layers()[&usage.most_uneven().unwrap()].max_vio();
+    assert!(usage.layers().values().all(|layer| layer.max_vio() <= uneven));
+    assert_eq!(passes[..2], [0, 24]);
+}
+
 /// The router's own choice, given, changes nothing but the order of sums; another choice does, and a wrong one is refused.
 fn check_given_routing(name: &str) {
     let (model, expected) = open(name);
@@ -181,6 +222,8 @@ macro_rules! families {
             fn forward() { super::check_forward($name); }
             #[test]
             fn given_routing() { super::check_given_routing($name); }
+            #[test]
+            fn usage() { super::check_usage($name); }
             #[test]
             fn greedy() { super::check_greedy($name); }
             #[test]

@@ -6,6 +6,7 @@ use crate::{
     interrupt,
     memory::{self, Demand},
     output,
+    prompts::Prompts,
     source::Source,
     units,
 };
@@ -13,12 +14,7 @@ use anabranch::Sampling;
 use anabranch_model::{
     BLOCK_SIZE, Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate,
 };
-use std::{
-    fs,
-    io::{self, IsTerminal, Read},
-    path::PathBuf,
-    time::Duration,
-};
+use std::time::Duration;
 
 /// Generate text from a checkpoint
 #[derive(clap::Args)]
@@ -29,17 +25,14 @@ use std::{
     anabranch generate --model DIR --prompt-file questions.txt --batch-size 256\n  \
     anabranch generate --random-weights deepseek-moe-16b --device cuda --prompt 'One' --stats\n\n\
     Without sampling options the likeliest token is taken every time. The same options and seed give the same text.\n\
+    Several prompts are run together, and printed one after another.\n\
     Text ends at an end-of-text token, at a --stop string (which is not printed) or after --max-new-tokens.\n\
     A closed pipe (`anabranch generate ... | head -c 100`) ends the run quietly, with success.")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// Text to continue; several are run together, and printed one after another [default: standard input]
-    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
-    prompt: Vec<String>,
-    /// File whose lines are prompts, run together as those of several --prompt are
-    #[arg(long, value_name = "FILE")]
-    prompt_file: Option<PathBuf>,
+    #[command(flatten)]
+    prompts: Prompts,
     /// Put the prompt in the checkpoint's chat template, as the user's message
     #[arg(long)]
     chat: bool,
@@ -92,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 impl Task for &Arguments {
     fn on<P: Place>(self, place: P) -> Result<(), Failure> {
         let sampling = self.sampling()?;
-        let texts = self.texts()?;
+        let texts = self.prompts.lines()?;
         let config = self.source.config()?;
         let tokenizer = self.source.tokenizer(&config)?;
         let encode = |text: &String| {
@@ -190,61 +183,6 @@ impl Arguments {
         }
         Ok(sampling.build().map_err(Error::from)?)
     }
-
-    /// The prompts: from the options, a file's lines, or standard input; never empty.
-    fn texts(&self) -> Result<Vec<String>, Failure> {
-        let texts = match &self.prompt_file {
-            Some(path) => {
-                let bytes = fs::read(path).map_err(Error::io("read", path))?;
-                let name = path.display().to_string();
-                let lines: Vec<String> =
-                    text(&name, bytes)?.split('\n').map(|line| without_return(line).to_owned()).collect();
-                if let (Some(empty), true) = (lines.iter().position(String::is_empty), lines.len() > 1) {
-                    let line = empty + 1;
-                    return Err(Failure::Failed(format!("{name}: line {line} is empty, and each line is a prompt")));
-                }
-                lines
-            }
-            None if self.prompt.is_empty() => vec![text("standard input", read_stdin()?)?],
-            None => self.prompt.clone(),
-        };
-        if texts.iter().any(String::is_empty) {
-            return Err(Failure::Failed(
-                "the prompt is empty; give text with --prompt, --prompt-file or on standard input".to_owned(),
-            ));
-        }
-        Ok(texts)
-    }
-}
-
-fn read_stdin() -> Result<Vec<u8>, Failure> {
-    let mut stdin = io::stdin().lock();
-    tracing::debug!("reading the prompt from standard input");
-    if stdin.is_terminal() {
-        output::complain("Type the prompt, then Ctrl-D at the beginning of a line.");
-    }
-    let mut bytes = Vec::new();
-    stdin.read_to_end(&mut bytes).map_err(|error| Failure::Failed(format!("cannot read standard input: {error}")))?;
-    Ok(bytes)
-}
-
-/// A line without what some editors put before its end.
-fn without_return(line: &str) -> &str {
-    line.strip_suffix('\r').unwrap_or(line)
-}
-
-/// The text of a file, without the line end that editors put after the last line.
-fn text(source: &str, bytes: Vec<u8>) -> Result<String, Failure> {
-    let mut text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let byte = error.as_bytes()[at];
-        Failure::Failed(format!("{source} is not UTF-8 text: byte {byte:#04x} at offset {at} is out of place"))
-    })?;
-    if text.ends_with('\n') {
-        text.pop();
-        text.truncate(without_return(&text).len());
-    }
-    Ok(text)
 }
 
 fn number(text: &str, allowed: impl Fn(f32) -> bool, expected: &str) -> Result<f32, String> {
@@ -271,22 +209,6 @@ fn penalty(text: &str) -> Result<f32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_line_end_goes() {
-        let stripped = |bytes: &[u8]| text("file", bytes.to_vec()).unwrap();
-        assert_eq!(stripped(b"a\nb\n"), "a\nb");
-        assert_eq!(stripped(b"a\r\n"), "a");
-        assert_eq!(stripped(b"a\n\n"), "a\n");
-        assert_eq!(stripped(b"a\r"), "a\r");
-        assert_eq!(stripped(b"\n"), "");
-    }
-
-    #[test]
-    fn bytes_that_are_no_text() {
-        let failure = text("p.txt", b"ab\xff".to_vec()).unwrap_err().to_string();
-        assert_eq!(failure, "p.txt is not UTF-8 text: byte 0xff at offset 2 is out of place");
-    }
 
     #[test]
     fn numbers_in_range() {

@@ -6,6 +6,7 @@ pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod logits;
+pub(crate) mod route;
 
 /// Parses a count of which zero makes no sense.
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -10,5 +10,6 @@ mod inspect;
 mod interrupt;
 mod logits;
 mod output;
+mod route;
 mod support;
 mod usage;

@@ -2,7 +2,7 @@
 
 use crate::support::run;
 
-const COMMANDS: [&str; 6] = ["generate", "logits", "inspect", "init", "bench", "doctor"];
+const COMMANDS: [&str; 7] = ["generate", "logits", "route", "inspect", "init", "bench", "doctor"];
 
 #[test]
 fn help_names_every_command() {

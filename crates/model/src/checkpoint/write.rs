@@ -2,17 +2,15 @@
 
 use std::{
     borrow::Cow,
-    ffi::OsString,
-    fs::{self, File, OpenOptions},
-    io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
+    io::{BufWriter, Write},
+    path::Path,
 };
 
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::shard::{byte_size, problem};
-use crate::{Error, Result};
+use crate::{Error, Result, write_whole};
 
 /// What a header says of one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,8 +66,7 @@ pub fn write_tensors<'a>(
 
 /// Writes a safetensors file whose tensors `fill` produces one by one, in the order of `layouts`.
 ///
-/// The bytes go to a temporary file in the same folder, reach the disk, and only then take the name `path`: whatever
-/// happens, `path` is either what it was or the whole new file. A device or a pipe is written as it stands.
+/// The file appears whole or not at all, as [`write_whole`] has it; a device or a pipe is written as it stands.
 ///
 /// # Errors
 /// [`Error::Io`] if the folder, the disk or the pipe refuses; [`Error::Checkpoint`] if two names are equal or `fill` gives
@@ -80,17 +77,7 @@ pub fn write_tensor_file(
     metadata: &[(&str, &str)],
     fill: impl FnMut(usize, &mut TensorWriter<'_>) -> Result<()>,
 ) -> Result<()> {
-    // Renaming onto a device or a named pipe would replace it; a link is followed, so that it stays one.
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    if fs::metadata(&target).is_ok_and(|kind| !kind.is_file() && !kind.is_dir()) {
-        let out = OpenOptions::new().write(true).open(&target).map_err(Error::io("open", path))?;
-        return write_tensors_to(out, path, layouts, metadata, fill);
-    }
-    let (temporary, file) = Temporary::create(&target)?;
-    write_tensors_to(&file, path, layouts, metadata, fill)?;
-    file.sync_all().map_err(Error::io("write", path))?;
-    drop(file);
-    temporary.persist(&target)
+    write_whole(path, |out| write_tensors_to(out, path, layouts, metadata, fill))
 }
 
 /// Writes the same bytes as [`write_tensor_file`] to any writer; `path` is what errors call it.
@@ -143,49 +130,4 @@ fn header(path: &Path, layouts: &[TensorLayout<'_>], metadata: &[(&str, &str)]) 
     let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut text);
     Ok((bytes, sizes))
-}
-
-/// A file's name while it is being written; removes the file unless it was persisted.
-struct Temporary {
-    path: Option<PathBuf>,
-}
-
-impl Temporary {
-    /// Creates an empty file beside `target`, under a name that no other writer has.
-    fn create(target: &Path) -> Result<(Self, File)> {
-        let name = target.file_name().ok_or_else(|| problem(target, "not the name of a file"))?;
-        for attempt in 0u32.. {
-            let mut hidden = OsString::from(".");
-            hidden.push(name);
-            hidden.push(format!(".{}.{attempt}.tmp", std::process::id()));
-            let path = target.with_file_name(hidden);
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok((Self { path: Some(path) }, file)),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(Error::io("create", target)(error)),
-            }
-        }
-        Err(problem(target, "every temporary name beside it is taken"))
-    }
-
-    fn persist(mut self, target: &Path) -> Result<()> {
-        if let Some(path) = &self.path {
-            fs::rename(path, target).map_err(Error::io("write", target))?;
-            self.path = None;
-        }
-        // The name itself reaches the disk with its folder. Not every system can do that, and the file is whole anyway.
-        if let Some(folder) = target.parent().and_then(|folder| File::open(folder).ok()) {
-            let _ = folder.sync_all();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Nothing more can be done about a file that cannot be removed; the error that led here is the one to show.
-            let _ = fs::remove_file(path);
-        }
-    }
 }

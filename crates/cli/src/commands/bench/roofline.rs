@@ -4,6 +4,7 @@ use super::{
     ceilings::Ceilings,
     record::{Peer, Record},
 };
+use crate::svg::{begin, escaped, line, text};
 use std::fmt::Write;
 
 const WIDTH: f64 = 960.0;
@@ -62,11 +63,7 @@ pub(super) fn draw(records: &[Record], peers: &[Peer], ceilings: Ceilings) -> St
     let x = Axis::around(all().map(|(x, _)| x).chain([ridge * 2.0]), LEFT, RIGHT);
     let y = Axis::around(all().map(|(_, y)| y).chain([ceilings.gemm]), BOTTOM, TOP);
 
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
-         font-family=\"Helvetica, Arial, DejaVu Sans, sans-serif\" font-size=\"13\" fill=\"#222\">\n\
-         <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#fff\"/>\n"
-    );
+    let mut svg = begin(WIDTH, HEIGHT);
     let device = records.first().map_or("", |record| record.device.as_str());
     text(
         &mut svg,
@@ -222,19 +219,6 @@ fn legend(svg: &mut String, names: &[&str], with_peers: bool) {
     y += 22.0;
     text(svg, [x - 5.0, y], "start", "font-size=\"12\" fill=\"#666\"", "a line runs from few");
     text(svg, [x - 5.0, y + 16.0], "start", "font-size=\"12\" fill=\"#666\"", "tokens to many");
-}
-
-fn line(svg: &mut String, [a, b, c, d]: [f64; 4], style: &str) {
-    let _ = writeln!(svg, "<line x1=\"{a:.1}\" y1=\"{b:.1}\" x2=\"{c:.1}\" y2=\"{d:.1}\" {style}/>");
-}
-
-fn text(svg: &mut String, [x, y]: [f64; 2], anchor: &str, style: &str, words: &str) {
-    let words = escaped(words);
-    let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" {style}>{words}</text>");
-}
-
-fn escaped(words: &str) -> String {
-    words.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 /// `0.5`, `20`, `1,000`.
