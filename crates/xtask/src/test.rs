@@ -1,7 +1,7 @@
 //! `cargo xtask test`: the gate. Every step runs, whatever the ones before it found, and the end says which failed.
 
 use crate::{
-    Failure, capi, deny,
+    Failure, candle, capi, deny,
     process::{cargo, root, run as run_process},
     python, toolchain,
 };
@@ -25,7 +25,7 @@ struct Step {
     run: fn() -> Result<Outcome, Failure>,
 }
 
-/// Quick ones first: a formatting slip should not wait for the tests.
+/// Quick ones first: a formatting slip should not wait for the tests, nor those for candle's kernels.
 const STEPS: &[Step] = &[
     Step { name: "format", run: || passed(&mut cargo(["fmt", "--all", "--check"])) },
     Step { name: "kernels", run: kernel_format },
@@ -45,6 +45,7 @@ const STEPS: &[Step] = &[
         },
     },
     Step { name: "doctests", run: || passed(&mut cargo(["test", "--workspace", "--doc", "--no-fail-fast"])) },
+    Step { name: "candle", run: candle::check },
 ];
 
 /// The names that `cargo xtask test NAME ...` takes.
