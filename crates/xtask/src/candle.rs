@@ -1,4 +1,5 @@
-//! `cargo xtask candle [DIR]`: builds and tests `crates/candle`, which stands outside of the workspace.
+//! `cargo xtask candle`, the gate's last step: formats, lints, documents and tests `crates/candle`, which stands outside of the
+//! workspace; and `cargo xtask stage`'s part of it.
 //!
 //! candle's `cuda` feature compiles many kernels (minutes, the first time) and links cuBLAS, cuRAND, NVRTC, the CUDA runtime and the
 //! driver. The first four come from `PyPI` into target/toolchain/candle; for the driver a stub is made there from cuda.h,
@@ -7,16 +8,18 @@
 
 use crate::{
     Failure,
-    process::{cargo, root, run as run_process, target, toolchain as toolchain_folder},
-    stage::executable_of,
+    process::{cargo, run as run_process, target, toolchain as toolchain_folder},
+    stage::build,
     test::{Outcome, has_gpu},
     toolchain,
 };
 use std::{
     collections::BTreeSet,
     env, fs,
+    num::NonZero,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
+    thread,
 };
 
 /// Libraries of the toolkit's release, by the names that programs load.
@@ -25,66 +28,56 @@ const LIBRARIES: &[&str] = &["libcublas.so", "libcublasLt.so", "libcudart.so", "
 /// What candle's kernels are compiled for where no GPU tells: one architecture, as candle has it.
 const COMPUTE_CAP: &str = "90";
 
-const MANIFEST: &str = "crates/candle/Cargo.toml";
+pub(crate) const MANIFEST: &str = "crates/candle/Cargo.toml";
 
-/// Programs for a GPU host, as (cargo's arguments, target's kind and name in cargo's messages, name there).
-const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
-    (&["test", "--no-run", "--test", "gpu"], "test", "gpu", "tests"),
-    (&["build", "--example", "bench_moe"], "example", "bench_moe", "bench_moe"),
-    (&["build", "--example", "qwen3_moe"], "example", "qwen3_moe", "qwen3_moe"),
+/// Programs for a GPU host, as (cargo's subcommand and arguments, target's kind and name in cargo's messages, name there).
+const PROGRAMS: &[(&str, &[&str], &str, &str, &str)] = &[
+    ("test", &["--no-run", "--test", "gpu"], "test", "gpu", "tests"),
+    ("build", &["--example", "bench_moe"], "example", "bench_moe", "bench_moe"),
+    ("build", &["--example", "qwen3_moe"], "example", "qwen3_moe", "qwen3_moe"),
 ];
+/// Where `run.sh` looks for them.
+const ARCHIVE: &str = "candle.tar.xz";
 
-/// The command: the checks, or with a folder that `cargo xtask stage` made, the programs for `run.sh candle` there.
+/// The command.
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
-    match arguments {
-        [] => check().map(drop),
-        [folder] => stage(&env::current_dir().unwrap_or_else(|_| root()).join(folder)),
-        _ => Err(Failure::Usage("`candle` takes one folder at most".to_owned())),
+    if let Some(argument) = arguments.first() {
+        return Err(Failure::Usage(format!("`candle` takes no arguments, got `{argument}`")));
     }
+    check().map(drop)
 }
 
-/// Each program holds all of candle's kernels: 50 MB, and nearly the same in all of them. Packed together, with a dictionary
-/// that spans them, they are a few.
-fn stage(folder: &Path) -> Result<(), Failure> {
-    if !folder.join("run.sh").is_file() {
-        return Err(Failure::Failed(format!("{} was not made by `cargo xtask stage`", folder.display())));
-    }
-    toolchain::ensure()?;
-    let libraries = Libraries::ensure()?;
-    let programs = target().join("candle/stage/candle");
-    let failed = |error: std::io::Error| Failure::Failed(format!("cannot fill {}: {error}", programs.display()));
-    fs::create_dir_all(&programs).map_err(failed)?;
-    for (arguments, kind, name, staged) in PROGRAMS {
-        eprintln!("$ cargo {} --manifest-path {MANIFEST} --release", arguments.join(" "));
-        let mut command = cargo([]);
-        command.args(*arguments).args(["--manifest-path", MANIFEST, "--release"]);
-        libraries.environment(&mut command)?;
-        let output = command.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit()).output();
-        let output = output.map_err(|error| Failure::Failed(format!("cannot start cargo: {error}")))?;
-        let program = executable_of(&String::from_utf8_lossy(&output.stdout), kind, name)
-            .ok_or_else(|| Failure::Failed(format!("cargo built no {kind} named {name}")))?;
-        fs::copy(program, programs.join(staged)).map_err(failed)?;
-    }
-    let mut tar = Command::new("tar");
-    tar.args(["--use-compress-program", "xz -T1 --lzma2=preset=6,dict=192MiB", "-cf"]);
-    run_process(tar.arg(folder.join("candle.tar.xz")).arg("-C").arg(target().join("candle/stage")).arg("candle"))
-}
-
-/// The linter, and the tests; those on a GPU where there is one.
+/// The gate's step. Tests that need a GPU are compiled everywhere and run where there is one. All calls of cargo share one
+/// profile and one environment, so that candle's kernels are compiled once.
 pub(crate) fn check() -> Result<Outcome, Failure> {
-    toolchain::ensure()?;
+    run_process(&mut cargo(["fmt", "--manifest-path", MANIFEST, "--check"]))?;
     let libraries = Libraries::ensure()?;
-    let step = |subcommand: &str| {
-        let mut command = cargo([subcommand, "--manifest-path", MANIFEST, "--release"]);
-        libraries.environment(&mut command).map(|()| command)
-    };
-    run_process(step("clippy")?.args(["--all-targets", "--", "-D", "warnings"]))?;
-    let mut tests = step("test")?;
+    run_process(libraries.cargo("clippy")?.args(["--all-targets", "--", "-D", "warnings"]))?;
+    run_process(libraries.cargo("doc")?.arg("--no-deps").env("RUSTDOCFLAGS", "-D warnings"))?;
+    let mut tests = libraries.cargo("test")?;
+    tests.arg("--no-fail-fast");
     if has_gpu() {
         tests.args(["--", "--include-ignored", "--test-threads", "1"]);
     }
     run_process(&mut tests)?;
     Ok(Outcome::Passed)
+}
+
+/// Puts the programs for `run.sh candle` into a folder. Each holds all of candle's kernels: 50 MB, and nearly the same in all
+/// of them. Packed together, with a dictionary that spans them, they are a few.
+pub(crate) fn stage(folder: &Path) -> Result<(), Failure> {
+    let libraries = Libraries::ensure()?;
+    let gathered = target().join("candle/stage");
+    let programs = gathered.join("candle");
+    let failed = |error: std::io::Error| Failure::Failed(format!("cannot fill {}: {error}", programs.display()));
+    fs::create_dir_all(&programs).map_err(failed)?;
+    for (subcommand, arguments, kind, name, staged) in PROGRAMS {
+        let program = build(libraries.cargo(subcommand)?.args(*arguments), kind, name)?;
+        fs::copy(program, programs.join(staged)).map_err(failed)?;
+    }
+    let mut tar = Command::new("tar");
+    tar.args(["--use-compress-program", "xz -T1 --lzma2=preset=6,dict=192MiB", "-cf"]);
+    run_process(tar.arg(folder.join(ARCHIVE)).arg("-C").arg(gathered).arg("candle"))
 }
 
 /// Where the libraries are that candle links.
@@ -97,6 +90,7 @@ struct Libraries {
 
 impl Libraries {
     fn ensure() -> Result<Self, Failure> {
+        toolchain::ensure()?;
         let folder = toolchain_folder().join("candle");
         let this = Self { loaded: folder.join("nvidia/cu13/lib"), linked: folder.join("link") };
         if !this.linked.join("libcuda.so").is_file() {
@@ -133,6 +127,12 @@ impl Libraries {
         Ok(())
     }
 
+    /// A command of cargo for the crate.
+    fn cargo(&self, subcommand: &str) -> Result<Command, Failure> {
+        let mut command = cargo([subcommand, "--manifest-path", MANIFEST, "--release"]);
+        self.environment(&mut command).map(|()| command)
+    }
+
     /// What cargo, candle's build scripts, the linker and the tests are told.
     fn environment(&self, command: &mut Command) -> Result<(), Failure> {
         let nvcc = toolchain::Nvcc::find(&toolchain_folder()).map_err(Failure::Failed)?;
@@ -154,6 +154,10 @@ impl Libraries {
             .env("LIBRARY_PATH", paths("LIBRARY_PATH", &[&self.linked])?)
             .env("LD_LIBRARY_PATH", paths("LD_LIBRARY_PATH", &load)?)
             .env("CARGO_TARGET_DIR", target().join("candle"));
+        // candle's kernels are nearly all of the first build; unasked, its build script compiles them on half of the cores.
+        if env::var_os("CUDAFORGE_THREADS").is_none() {
+            command.env("CUDAFORGE_THREADS", thread::available_parallelism().map_or(1, NonZero::get).to_string());
+        }
         if env::var_os("CUDA_COMPUTE_CAP").is_none() && !has_gpu() {
             command.env("CUDA_COMPUTE_CAP", COMPUTE_CAP);
         }

@@ -1,7 +1,7 @@
 //! The licence step: cargo-deny, taken from PATH or brought into target/toolchain.
 
 use crate::{
-    Failure,
+    Failure, candle,
     process::{cargo, root, run, toolchain},
     test::Outcome,
 };
@@ -29,8 +29,11 @@ pub(crate) fn check() -> Result<Outcome, Failure> {
             Err(failure) => return Err(failure),
         },
     };
-    let arguments = ["check", "--hide-inclusion-graph", "bans", "licenses", "sources"];
-    run(Command::new(program).current_dir(root()).args(arguments))?;
+    for manifest in ["Cargo.toml", candle::MANIFEST] {
+        let mut deny = Command::new(&program);
+        deny.current_dir(root()).args(["--manifest-path", manifest]);
+        run(deny.args(["check", "--hide-inclusion-graph", "bans", "licenses", "sources"]))?;
+    }
     Ok(Outcome::Passed)
 }
 

@@ -31,8 +31,8 @@ struct Command {
 const COMMANDS: &[Command] = &[
     Command {
         name: "candle",
-        arguments: "[DIR]",
-        summary: "build and test crates/candle, with the CUDA libraries that candle links; or add it to a stage",
+        arguments: "",
+        summary: "build and test crates/candle, with the CUDA libraries that candle links",
         run: candle::run,
     },
     Command {

@@ -6,7 +6,8 @@
 # ANABRANCH_GOLDEN       folder of golden data (default: what golden.tar.gz beside this script holds)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
 # ANABRANCH_CASES        cases of each property: 512 in test, 12 in sanitize
-# PYTHON                 the interpreter of python and experts, with PyTorch and Transformers (default: python3)
+# PYTHON                 the interpreter of python and experts, with PyTorch and Transformers (default: python3); candle and
+#                        candle_bench take CUDA's libraries from its packages where the machine has none
 # RESULTS                where logs and criterion's results go (default: ./results)
 set -uo pipefail
 
@@ -34,9 +35,10 @@ program() {
   printf '%s\n' "$unpacked/$1"
 }
 
-# What libtest reported in a log: "N passed, N failed". A log without a report is one failure.
+# What libtest, or a program in C, reported in a log: "N passed, N failed". A log without a report is one failure.
 summary() {
   awk '/^test result:/ { seen = 1; for (i = 1; i <= NF; i++) { if ($i == "passed;") p += $(i - 1); if ($i == "failed;") f += $(i - 1) } }
+       /^[0-9]+ passed, [0-9]+ failed$/ { seen = 1; p += $1; f += $3 }
        END { if (!seen) f = 1; printf "%d passed, %d failed\n", p, f }' "$1"
 }
 
@@ -86,20 +88,26 @@ run_sanitize() {
   tests=$(program gpu-tests) || return 1
   export ANABRANCH_CASES=${ANABRANCH_CASES:-12}
   for tool in memcheck racecheck synccheck initcheck; do
-    local log=$results/$tool.log
     # A million tokens under instrumentation take minutes and show nothing that a thousand do not; failures are made on purpose.
-    if "$sanitizer" --tool "$tool" --error-exitcode 99 --print-limit 20 \
-      "$tests" --include-ignored --test-threads 1 --skip a_million --skip failures:: "$@" >"$log" 2>&1; then
-      passed=$((passed + 1))
-      echo "$tool: $(summary "$log"); $(grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$log" | tail -n 1)"
-    else
-      failed=$((failed + 1))
-      echo "$tool FAILED; the end of $log:"
-      tail -n 40 "$log"
-    fi
+    sanitized "$tool" --tool "$tool" "$tests" --include-ignored --test-threads 1 --skip a_million --skip failures:: "$@"
   done
+  # The C library's calls from several threads. What it asks CUDA about memory that is not a GPU's, it asks on purpose.
+  [ $# -gt 0 ] || sanitized memcheck_capi --tool memcheck --report-api-errors no "$here/capi/contracts"
   echo "$passed passed, $failed failed"
   [ "$failed" -eq 0 ]
+}
+
+# One run under the sanitizer, by the name of its log, counted in run_sanitize's variables.
+sanitized() {
+  local log=$results/$1.log
+  if "$sanitizer" --error-exitcode 99 --print-limit 20 "${@:2}" >"$log" 2>&1; then
+    passed=$((passed + 1))
+    echo "$1: $(summary "$log"); $(grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$log" | tail -n 1)"
+  else
+    failed=$((failed + 1))
+    echo "$1 FAILED; the end of $log:"
+    tail -n 40 "$log"
+  fi
 }
 
 run_bench() {
@@ -179,16 +187,22 @@ run_experts() {
   return "${PIPESTATUS[0]}"
 }
 
-# A program of crates/candle, which `cargo xtask candle` adds. Where CUDA's libraries are not installed, PyTorch's are taken.
+# A program of crates/candle. They link CUDA's libraries: where those are not installed, PyTorch's are taken.
 with_candle() {
-  if [ ! -d "$here/candle" ]; then
-    [ -f "$here/candle.tar.xz" ] || { echo "candle.tar.xz is not here: add it with \`cargo xtask candle FOLDER\`"; return 1; }
-    tar -C "$here" -xf "$here/candle.tar.xz" 2>/dev/null ||
-      "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$here/candle.tar.xz" "$here"
+  local archive=$here/candle.tar.xz program=$unpacked/candle/$1 libraries
+  if [ ! -x "$program" ]; then
+    # tar needs xz for this archive, Python does not.
+    tar -C "$unpacked" -xf "$archive" 2>/dev/null ||
+      "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$archive" "$unpacked" ||
+      return 1
   fi
-  local libraries
   libraries=$("${PYTHON:-python3}" -c 'import glob, sys; print(":".join(sum((glob.glob(p + "/nvidia/*/lib") for p in sys.path if p), [])))')
-  LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:$libraries "$here/candle/$1" "${@:2}"
+  libraries=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
+  if LD_LIBRARY_PATH=$libraries ldd "$program" | grep 'not found'; then
+    echo "candle links these: install CUDA 13's cuBLAS, cuRAND, NVRTC and runtime, or set PYTHON to one whose PyTorch has them"
+    return 1
+  fi
+  LD_LIBRARY_PATH=$libraries "$program" "${@:2}"
 }
 
 # The layer on candle's tensors: beside candle's own, then in candle's Qwen3-MoE.
@@ -216,16 +230,14 @@ case ${1:-} in
     ;;
   all)
     worst=0
-    commands=(test model sanitize bench demo capi rust python)
-    if [ -d "$here/candle" ] || [ -f "$here/candle.tar.xz" ]; then commands+=(candle); fi
-    for command in "${commands[@]}"; do
+    for command in test model sanitize bench demo capi rust python candle; do
       echo "== $command"
       "run_$command" || worst=1
     done
     exit "$worst"
     ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -2,7 +2,7 @@
 //! that runs on a GPU host which has neither Rust nor nvcc nor the sources.
 
 use crate::{
-    Failure, capi, golden,
+    Failure, candle, capi, golden,
     process::{cargo, root, target},
     toolchain,
 };
@@ -41,13 +41,17 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     toolchain::ensure()?;
     prepare(&folder)?;
     for (arguments, kind, name, staged) in PROGRAMS {
-        let program = build(arguments, kind, name)?;
+        // `bench` is a release build already, and knows no such flag.
+        let release: &[&str] = if arguments[0] == "bench" { &[] } else { &["--release"] };
+        let mut command = cargo([]);
+        let program = build(command.args(*arguments).args(release).args(["--features", "cuda"]), kind, name)?;
         pack(&program, &folder.join(format!("{staged}.gz")))?;
     }
     copy_layers(&root().join(LAYERS.0), &folder.join(LAYERS.1))?;
     copy(&root().join(CHECKPOINTS.0), &folder.join(CHECKPOINTS.1))?;
     pack_golden(&folder)?;
     embedding(&folder)?;
+    candle::stage(&folder)?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
     executable(&script)?;
@@ -86,19 +90,18 @@ fn prepare(folder: &Path) -> Result<(), Failure> {
     fs::create_dir_all(folder).map_err(|error| cannot("make", folder, &error))
 }
 
-/// Builds a program in release, stripped, and returns where it is, from cargo's messages.
-fn build(arguments: &[&str], kind: &str, name: &str) -> Result<PathBuf, Failure> {
-    eprintln!("$ cargo {} --release --features cuda", arguments.join(" "));
-    let mut command = cargo([]);
-    // `bench` is a release build already, and knows no such flag.
-    let release: &[&str] = if arguments[0] == "bench" { &[] } else { &["--release"] };
-    command.args(arguments).args(release).args(["--features", "cuda", "--message-format", "json-render-diagnostics"]);
+/// Runs a command of cargo and returns where the program is that it built, from cargo's messages.
+pub(crate) fn build(command: &mut Command, kind: &str, name: &str) -> Result<PathBuf, Failure> {
+    let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let arguments = arguments.join(" ");
+    eprintln!("$ cargo {arguments}");
     let output = command
+        .args(["--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit())
         .output()
         .map_err(|error| Failure::Failed(format!("cannot start cargo: {error}")))?;
     if !output.status.success() {
-        return Err(Failure::Failed(format!("`cargo {}` ended with {}", arguments.join(" "), output.status)));
+        return Err(Failure::Failed(format!("`cargo {arguments}` ended with {}", output.status)));
     }
     let messages = String::from_utf8_lossy(&output.stdout);
     executable_of(&messages, kind, name)
@@ -107,7 +110,7 @@ fn build(arguments: &[&str], kind: &str, name: &str) -> Result<PathBuf, Failure>
 
 /// The path in the message of a target. cargo writes one JSON object a line, without spaces; a full reader is not needed for
 /// two fixed fields and a path.
-pub(crate) fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
+fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
     let target = format!("\"kind\":[\"{kind}\"],");
     let named = format!("\"name\":\"{name}\",");
     messages.lines().filter(|line| line.contains(&target) && line.contains(&named)).find_map(|line| {

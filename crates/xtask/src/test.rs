@@ -25,7 +25,7 @@ struct Step {
     run: fn() -> Result<Outcome, Failure>,
 }
 
-/// Quick ones first: a formatting slip should not wait for the tests.
+/// Quick ones first: a formatting slip should not wait for the tests, nor those for candle's kernels.
 const STEPS: &[Step] = &[
     Step { name: "format", run: || passed(&mut cargo(["fmt", "--all", "--check"])) },
     Step { name: "kernels", run: kernel_format },
