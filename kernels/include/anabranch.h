@@ -449,7 +449,7 @@ AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params,
 // A dense product of a few tokens: y = x W^T + b, or silu(gate) * up. With more tokens it is a grouped GEMM of one
 // expert.
 typedef struct AnabranchLinearParams {
-  // T, at most 8, fewer where x would not fit into a block's memory: see anabranch_linear_takes.
+  // T, at most 4, fewer where x would not fit into a block's memory: see anabranch_linear_takes.
   uint64_t num_tokens;
   // d, columns of x: a multiple of 8, 8 to 2^30.
   uint32_t in_features;

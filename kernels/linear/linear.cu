@@ -2,7 +2,7 @@
 //
 //   y[t] = x[t] W^T + b,   or   y[t] = silu(x[t] W_gate^T) * (x[t] W_up^T)
 //
-//   x [T, d] bf16, T at most 8, W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or null -> y [T, n]
+//   x [T, d] bf16, T at most 4, W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or null -> y [T, n]
 //   bf16 or float32. Sums in float32, in an order that depends on d alone; another than grouped_gemm's.
 //
 // Reference: anabranch::reference::linear. Architecture: 8.0 and newer. Alignment: 16 bytes; d and n multiples of 8.
@@ -24,7 +24,9 @@
 namespace anabranch::linear {
 namespace {
 
-constexpr uint32_t kMaxTokens = 8;
+// A token takes two mma for a step's 512 bytes, which at eight tokens are all that a multiprocessor can issue while as
+// many bytes arrive.
+constexpr uint32_t kMaxTokens = 4;
 constexpr uint32_t kMaxFeatures = 1u << 30;
 constexpr uint32_t kWarps = 16;
 constexpr uint32_t kThreads = kWarps * kWarpSize;
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 2 ? 2 : 1) multiply_rows(
 
 // The tokens that a kernel is made for.
 uint32_t rounded(uint64_t tokens) {
-  return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : 8;
+  return tokens <= 1 ? 1 : tokens <= 2 ? 2 : 4;
 }
 
 uint64_t shared_bytes(uint64_t tokens, uint64_t in_features) {
@@ -184,10 +186,8 @@ AnabranchStatus launch_for(const Args& args, cudaStream_t stream) {
       return launch<1, kSwiGlu>(args, stream);
     case 2:
       return launch<2, kSwiGlu>(args, stream);
-    case 4:
-      return launch<4, kSwiGlu>(args, stream);
     default:
-      return launch<8, kSwiGlu>(args, stream);
+      return launch<4, kSwiGlu>(args, stream);
   }
 }
 

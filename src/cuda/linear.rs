@@ -63,7 +63,7 @@ fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: 
 /// `y[T, out] = epilogue(x W^T + b)`, as [`reference::linear`](crate::reference::linear) specifies, summed in float32. The same call
 /// gives the same bits. `2 T in out` FLOP or one read of the weight, whichever takes longer.
 ///
-/// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to 8
+/// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to 4
 /// (fewer where they are very wide), without an activation or a bias of gates and with [`Tile::Auto`], have a kernel of their own. Where the stream has cuBLASLt ([`Stream::enable_cublaslt`]), that computes what has neither bias nor epilogue, with
 /// [`Tile::Auto`], from the number of tokens on that the stream was given, except for shapes that it has no repeatable algorithm for: in
 /// one launch or two, in an order that depends on all three sizes and on the library's release.

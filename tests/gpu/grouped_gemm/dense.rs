@@ -66,7 +66,7 @@ fn check<O: Output>(stream: &Stream, dense: &Dense) -> Result<(), String> {
 }
 
 /// Most tokens of the kernel for a few.
-const FEW: usize = 8;
+const FEW: usize = 4;
 
 /// Every number of tokens that it takes and one more, on rows of less than a step, of many, and as wide as a vocabulary.
 #[test]
