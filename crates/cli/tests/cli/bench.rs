@@ -21,7 +21,7 @@ fn what_makes_no_sense_is_refused_before_a_gpu_is_looked_for() {
     run(&["bench", "moe", "--preset", "qwen3", "--from", "hidden", "--routing", "zipf"]).failure(1, &["--from hidden"]);
     run(&["bench", "moe", "--preset", "qwen3", "--logits", "/nonexistent"]).failure(1, &["cannot read /nonexistent"]);
     run(&["bench", "moe", "--preset", "qwen3", "--device", "cpu"]).failure(1, &["processor"]);
-    run(&["bench", "model"]).failure(2, &["--config"]);
+    run(&["bench", "model"]).failure(2, &["required"]);
     run(&["bench", "model", "--config", "qwen4"]).failure(1, &["qwen4: no such file, and no preset"]);
     run(&["bench", "model", "--config", "llama-2-7b", "--context", "4096"])
         .failure(1, &["4096 positions", "4168 tokens"]);
