@@ -9,7 +9,7 @@
 use crate::{
     Failure,
     process::{cargo, run as run_process, target, toolchain as toolchain_folder},
-    stage::build,
+    stage::{build, copy, pack},
     test::{Outcome, has_gpu},
     toolchain,
 };
@@ -36,8 +36,8 @@ const PROGRAMS: &[(&str, &[&str], &str, &str, &str)] = &[
     ("build", &["--example", "bench_moe"], "example", "bench_moe", "bench_moe"),
     ("build", &["--example", "qwen3_moe"], "example", "qwen3_moe", "qwen3_moe"),
 ];
-/// Where `run.sh` looks for them.
-const ARCHIVE: &str = "candle.tar.xz";
+/// Their folder in the stage, and their archive's name.
+const PACKED: &str = "candle";
 
 /// The command.
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
@@ -63,21 +63,15 @@ pub(crate) fn check() -> Result<Outcome, Failure> {
     Ok(Outcome::Passed)
 }
 
-/// Puts the programs for `run.sh candle` into a folder. Each holds all of candle's kernels: 50 MB, and nearly the same in all
-/// of them. Packed together, with a dictionary that spans them, they are a few.
+/// Puts the programs for `run.sh candle` into a stage. Each holds all of candle's kernels, 50 MB; packed together, they are
+/// 8 MB.
 pub(crate) fn stage(folder: &Path) -> Result<(), Failure> {
     let libraries = Libraries::ensure()?;
-    let gathered = target().join("candle/stage");
-    let programs = gathered.join("candle");
-    let failed = |error: std::io::Error| Failure::Failed(format!("cannot fill {}: {error}", programs.display()));
-    fs::create_dir_all(&programs).map_err(failed)?;
     for (subcommand, arguments, kind, name, staged) in PROGRAMS {
         let program = build(libraries.cargo(subcommand)?.args(*arguments), kind, name)?;
-        fs::copy(program, programs.join(staged)).map_err(failed)?;
+        copy(&program, &folder.join(PACKED).join(staged))?;
     }
-    let mut tar = Command::new("tar");
-    tar.args(["--use-compress-program", "xz -T1 --lzma2=preset=6,dict=192MiB", "-cf"]);
-    run_process(tar.arg(folder.join(ARCHIVE)).arg("-C").arg(gathered).arg("candle"))
+    pack(folder, PACKED)
 }
 
 /// Where the libraries are that candle links.

@@ -3,7 +3,7 @@
 #
 #   run.sh test | model | sanitize | bench | demo | capi | rust | python | experts | candle | candle_bench | all
 #
-# ANABRANCH_GOLDEN       folder of golden data (default: what golden.tar.gz beside this script holds)
+# ANABRANCH_GOLDEN       folder of golden data (default: what golden.tar.xz beside this script holds)
 # ANABRANCH_REQUIRE_GPU  1 (default here): a missing GPU is a failure; 0: tests that need one pass with a note
 # ANABRANCH_CASES        cases of each property: 512 in test, 12 in sanitize
 # PYTHON                 the interpreter of python and experts, with PyTorch and Transformers (default: python3); candle and
@@ -18,22 +18,26 @@ results=${RESULTS:-$PWD/results}
 mkdir -p "$results" || exit 1
 results=$(cd "$results" && pwd)
 
-# Programs are packed, because each carries every kernel. They are unpacked here when they are first run.
+# Programs and data are packed, because each program carries every kernel. They are unpacked for one run.
 unpacked=$(mktemp -d) || exit 1
 trap 'rm -rf "$unpacked"' EXIT
+
+# Unpacks one of the archives beside this script. tar needs xz for that, Python does not.
+unpack() {
+  tar -C "$unpacked" -xf "$here/$1" 2>/dev/null ||
+    "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$here/$1" "$unpacked" || {
+    echo "cannot unpack $here/$1 into $unpacked: that takes xz, or Python, and room in TMPDIR" >&2
+    return 1
+  }
+}
+
+unpack programs.tar.xz || exit 1
+programs=$unpacked/programs
 if [ -z "${ANABRANCH_GOLDEN:-}" ]; then
-  tar -C "$unpacked" -xzf "$here/golden.tar.gz" || exit 1
+  unpack golden.tar.xz || exit 1
   ANABRANCH_GOLDEN=$unpacked/golden
 fi
 export ANABRANCH_GOLDEN
-
-# The path of an unpacked program.
-program() {
-  if [ ! -x "$unpacked/$1" ]; then
-    gzip -dc "$here/$1.gz" >"$unpacked/$1" && chmod +x "$unpacked/$1" || return 1
-  fi
-  printf '%s\n' "$unpacked/$1"
-}
 
 # What libtest, or a program in C, reported in a log: "N passed, N failed". A log without a report is one failure.
 summary() {
@@ -49,7 +53,7 @@ describe() {
 
 run_test() {
   describe | tee "$results/test.log"
-  "$(program gpu-tests)" --include-ignored --test-threads 1 "$@" 2>&1 | tee -a "$results/test.log"
+  "$programs/gpu-tests" --include-ignored --test-threads 1 "$@" 2>&1 | tee -a "$results/test.log"
   local status=${PIPESTATUS[0]}
   summary "$results/test.log"
   return "$status"
@@ -59,7 +63,7 @@ run_test() {
 run_model() {
   local log=$results/model.log status=0
   describe | tee "$log"
-  "$(program model-tests)" --include-ignored --test-threads 1 --show-output "$@" 2>&1 | tee -a "$log"
+  "$programs/model-tests" --include-ignored --test-threads 1 --show-output "$@" 2>&1 | tee -a "$log"
   [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
   summary "$log"
   generate --model "$ANABRANCH_GOLDEN/models/qwen3-moe" --max-new-tokens 16 || status=1
@@ -69,7 +73,7 @@ run_model() {
 
 generate() {
   echo "\$ anabranch generate $*"
-  if "$(program anabranch)" generate --device cuda --prompt "The river" --stats "$@" 2>&1 | tee -a "$results/model.log"; then
+  if "$programs/anabranch" generate --device cuda --prompt "The river" --stats "$@" 2>&1 | tee -a "$results/model.log"; then
     echo "1 passed, 0 failed"
   else
     echo "0 passed, 1 failed"
@@ -84,15 +88,14 @@ run_sanitize() {
     echo "0 passed, 1 failed"
     return 1
   }
-  local passed=0 failed=0 tool tests
-  tests=$(program gpu-tests) || return 1
+  local passed=0 failed=0 tool
   export ANABRANCH_CASES=${ANABRANCH_CASES:-12}
   for tool in memcheck racecheck synccheck initcheck; do
     # A million tokens under instrumentation take minutes and show nothing that a thousand do not; failures are made on purpose.
-    sanitized "$tool" --tool "$tool" "$tests" --include-ignored --test-threads 1 --skip a_million --skip failures:: "$@"
+    sanitized "$tool" --tool "$tool" "$programs/gpu-tests" --include-ignored --test-threads 1 --skip a_million --skip failures:: "$@"
   done
   # The C library's calls from several threads. What it asks CUDA about memory that is not a GPU's, it asks on purpose.
-  [ $# -gt 0 ] || sanitized memcheck_capi --tool memcheck --report-api-errors no "$here/capi/contracts"
+  [ $# -gt 0 ] || sanitized memcheck_capi --tool memcheck --report-api-errors no "$programs/capi/contracts"
   echo "$passed passed, $failed failed"
   [ "$failed" -eq 0 ]
 }
@@ -112,7 +115,7 @@ sanitized() {
 
 run_bench() {
   describe | tee "$results/bench.log"
-  CRITERION_HOME=$results/criterion "$(program gpu-benches)" --bench "$@" 2>&1 | tee -a "$results/bench.log"
+  CRITERION_HOME=$results/criterion "$programs/gpu-benches" --bench "$@" 2>&1 | tee -a "$results/bench.log"
   local status=${PIPESTATUS[0]}
   # One line a point: name, median time, bytes a second. What criterion says of a change since the last run is left out.
   awk 'function median(  parts) { match($0, /\[.*\]/); split(substr($0, RSTART + 1, RLENGTH - 2), parts, " "); return parts[3] " " parts[4] }
@@ -127,8 +130,7 @@ run_bench() {
 
 run_demo() {
   describe
-  local tool
-  tool=$(program anabranch) || return 1
+  local tool=$programs/anabranch
   if "$tool" doctor && "$tool" generate --model "$ANABRANCH_GOLDEN/models/qwen3-moe" \
     --prompt "The river" --max-new-tokens 16; then
     echo "1 passed, 0 failed"
@@ -143,7 +145,7 @@ run_capi() {
   describe | tee "$results/capi.log"
   local passed=0 failed=0 program
   for program in contracts moe_layer; do
-    if "$here/capi/$program" 2>&1 | tee -a "$results/capi.log"; then
+    if "$programs/capi/$program" 2>&1 | tee -a "$results/capi.log"; then
       passed=$((passed + 1))
     else
       failed=$((failed + 1))
@@ -156,14 +158,14 @@ run_capi() {
 # An engine in Rust with its own stream and memory.
 run_rust() {
   describe | tee "$results/rust.log"
-  "$(program embed_stream)" 2>&1 | tee -a "$results/rust.log"
+  "$programs/embed_stream" 2>&1 | tee -a "$results/rust.log"
   local status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] && echo "1 passed, 0 failed" || echo "0 passed, 1 failed"
   return "$status"
 }
 
 with_python() {
-  ANABRANCH_LIBRARY=$here/lib/libanabranch.so.1 ANABRANCH_HEADER=$here/include/anabranch.h \
+  ANABRANCH_LIBRARY=$programs/lib/libanabranch.so.1 ANABRANCH_HEADER=$here/include/anabranch.h \
     PYTHONPATH=$here/python:$here/python/tests PYTHONDONTWRITEBYTECODE=1 "${PYTHON:-python3}" "$@"
 }
 
@@ -189,13 +191,8 @@ run_experts() {
 
 # A program of crates/candle. They link CUDA's libraries: where those are not installed, PyTorch's are taken.
 with_candle() {
-  local archive=$here/candle.tar.xz program=$unpacked/candle/$1 libraries
-  if [ ! -x "$program" ]; then
-    # tar needs xz for this archive, Python does not.
-    tar -C "$unpacked" -xf "$archive" 2>/dev/null ||
-      "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$archive" "$unpacked" ||
-      return 1
-  fi
+  local program=$unpacked/candle/$1 libraries
+  [ -x "$program" ] || unpack candle.tar.xz || return 1
   libraries=$("${PYTHON:-python3}" -c 'import glob, sys; print(":".join(sum((glob.glob(p + "/nvidia/*/lib") for p in sys.path if p), [])))')
   libraries=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
   if LD_LIBRARY_PATH=$libraries ldd "$program" | grep 'not found'; then

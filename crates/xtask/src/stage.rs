@@ -1,9 +1,9 @@
-//! `cargo xtask stage [DIR]`: GPU tests, benches and the command-line tool with kernels, and the data they need, in a folder
-//! that runs on a GPU host which has neither Rust nor nvcc nor the sources.
+//! `cargo xtask stage [DIR]`: GPU tests, benches and the command-line tool with kernels, the embeddings in C, Python and
+//! candle, and the data they need, in a folder that runs on a GPU host which has neither Rust nor nvcc nor the sources.
 
 use crate::{
     Failure, candle, capi, golden,
-    process::{cargo, root, target},
+    process::{cargo, root, run as run_process, target},
     toolchain,
 };
 use std::{
@@ -13,7 +13,7 @@ use std::{
 };
 
 /// The folder's size limit: it travels to other machines.
-const MOST_BYTES: u64 = 40 << 20;
+const MOST_BYTES: u64 = 30 << 20;
 
 /// Programs to gather, as (cargo's arguments, target's kind and name in cargo's messages, name in the folder).
 const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
@@ -23,6 +23,9 @@ const PROGRAMS: &[(&[&str], &str, &str, &str)] = &[
     (&["build", "--package", "anabranch-cli"], "bin", "anabranch", "anabranch"),
     (&["build", "--package", "anabranch", "--example", "embed_stream"], "example", "embed_stream", "embed_stream"),
 ];
+
+/// What holds the programs and the C library until they are packed, and in the archive.
+const PACKED: &str = "programs";
 
 /// Golden layers go along without their gradients.
 const LAYERS: (&str, &str) = ("tests/golden/layers", "golden/layers");
@@ -45,12 +48,13 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
         let release: &[&str] = if arguments[0] == "bench" { &[] } else { &["--release"] };
         let mut command = cargo([]);
         let program = build(command.args(*arguments).args(release).args(["--features", "cuda"]), kind, name)?;
-        pack(&program, &folder.join(format!("{staged}.gz")))?;
+        copy(&program, &folder.join(PACKED).join(staged))?;
     }
     copy_layers(&root().join(LAYERS.0), &folder.join(LAYERS.1))?;
     copy(&root().join(CHECKPOINTS.0), &folder.join(CHECKPOINTS.1))?;
-    pack_golden(&folder)?;
+    pack(&folder, "golden")?;
     embedding(&folder)?;
+    pack(&folder, PACKED)?;
     candle::stage(&folder)?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(|error| cannot("write", &script, &error))?;
@@ -69,9 +73,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
 fn embedding(folder: &Path) -> Result<(), Failure> {
     let prefix = target().join("capi");
     capi::install(&prefix)?;
-    copy(&prefix.join("lib").join(capi::SHARED), &folder.join("lib").join(capi::SHARED))?;
+    copy(&prefix.join("lib").join(capi::SHARED), &folder.join(PACKED).join("lib").join(capi::SHARED))?;
     copy(&prefix.join("include"), &folder.join("include"))?;
-    capi::compile(&prefix, &folder.join("capi"), false)?;
+    capi::compile(&prefix, &folder.join(PACKED).join("capi"), false)?;
     for (from, to) in [("src/anabranch", "anabranch"), ("tests", "tests"), ("bench_experts.py", "bench_experts.py")] {
         copy(&root().join("python").join(from), &folder.join("python").join(to))?;
     }
@@ -120,37 +124,17 @@ fn executable_of(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
     })
 }
 
-/// Packs a program: each carries every kernel, and run.sh unpacks those that it runs.
-fn pack(program: &Path, to: &Path) -> Result<(), Failure> {
-    let file = fs::File::create(to).map_err(|error| cannot("make", to, &error))?;
-    let status = Command::new("gzip")
-        .args(["-9", "--no-name", "--stdout"])
-        .arg(program)
-        .stdout(file)
-        .status()
-        .map_err(|error| Failure::Failed(format!("cannot start gzip, which packs the programs: {error}")))?;
-    if status.success() {
-        return Ok(());
-    }
-    Err(Failure::Failed(format!("gzip of {} ended with {status}", program.display())))
-}
-
-/// Puts the golden data in one packed file: a fifth smaller.
-fn pack_golden(folder: &Path) -> Result<(), Failure> {
+/// Packs a folder of the stage. The dictionary spans all of it, since programs differ in little: each carries every kernel.
+pub(crate) fn pack(folder: &Path, name: &str) -> Result<(), Failure> {
     let mut tar = Command::new("tar");
-    tar.arg("-C").arg(folder).args(["-czf"]).arg(folder.join("golden.tar.gz")).arg("golden");
-    let status = tar
-        .status()
-        .map_err(|error| Failure::Failed(format!("cannot start tar, which packs the golden data: {error}")))?;
-    if !status.success() {
-        return Err(Failure::Failed(format!("tar of {} ended with {status}", folder.display())));
-    }
-    let golden = folder.join("golden");
-    fs::remove_dir_all(&golden).map_err(|error| cannot("remove", &golden, &error))
+    tar.args(["--use-compress-program", "xz -T1 --lzma2=preset=3,dict=192MiB", "-C"]).arg(folder);
+    run_process(tar.arg("-cf").arg(folder.join(format!("{name}.tar.xz"))).arg(name))?;
+    let packed = folder.join(name);
+    fs::remove_dir_all(&packed).map_err(|error| cannot("remove", &packed, &error))
 }
 
 /// Copies a file, or a folder with all it holds.
-fn copy(from: &Path, to: &Path) -> Result<(), Failure> {
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), Failure> {
     if !from.is_dir() {
         if let Some(folder) = to.parent() {
             fs::create_dir_all(folder).map_err(|error| cannot("make", folder, &error))?;
