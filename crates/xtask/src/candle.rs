@@ -88,6 +88,8 @@ impl Libraries {
         let folder = toolchain_folder().join("candle");
         let this = Self { loaded: folder.join("nvidia/cu13/lib"), linked: folder.join("link") };
         if !this.linked.join("libcuda.so").is_file() {
+            // What an interrupted call left there, pip would keep.
+            let _ = fs::remove_dir_all(&folder);
             toolchain::install(&folder, PACKAGES)?;
             this.link()?;
         }

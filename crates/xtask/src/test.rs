@@ -25,7 +25,7 @@ struct Step {
     run: fn() -> Result<Outcome, Failure>,
 }
 
-/// Quick ones first: a formatting slip should not wait for the tests, nor those for candle's kernels.
+/// Quick ones first: a formatting slip should not wait for the tests.
 const STEPS: &[Step] = &[
     Step { name: "format", run: || passed(&mut cargo(["fmt", "--all", "--check"])) },
     Step { name: "kernels", run: kernel_format },
@@ -45,7 +45,7 @@ const STEPS: &[Step] = &[
         },
     },
     Step { name: "doctests", run: || passed(&mut cargo(["test", "--workspace", "--doc", "--no-fail-fast"])) },
-    // Last: candle's own kernels take a quarter of an hour, the first time.
+    // Last: candle and its kernels take twenty minutes of a core, the first time.
     Step { name: "candle", run: candle::check },
 ];
 
