@@ -14,6 +14,49 @@ namespace anabranch {
 // What a warp copies at once: 16 bytes a lane.
 constexpr uint32_t kStepBytes = kWarpSize * 16;
 
+// A row's products with kTokens vectors in shared memory, `pitch` bytes apart from the address `vector` on.
+//
+// The tensor cores do it: what eight times four lanes have are segments, of the row along M and of a vector along N,
+// and the products of like segments, on the diagonal, are wanted. That is a sixteenth of what is multiplied, and a
+// sixth of the instructions that unpacking and multiplying would take.
+template <uint32_t kTokens>
+class DotProducts {
+ public:
+  __device__ __forceinline__ DotProducts(uint32_t vectors, uint32_t vector, uint32_t pitch)
+      : vectors_(vectors), vector_(vector), pitch_(pitch) {}
+
+  // Adds a step: this lane's vector w, the at-th of the row; zeros past its end.
+  __device__ __forceinline__ void add(const uint4& w, uint32_t at) {
+#pragma unroll
+    for (uint32_t t = 0; t < kTokens; ++t) {
+      uint4 v = {};
+      if (at < vectors_) v = ptx::ld_shared_16(vector_ + t * pitch_ + at * 16);
+      // Which of a vector's elements are which k of a product is of no importance as long as both agree.
+      ptx::mma_m16n8k16_bf16(low_[t], {w.x, 0, w.y, 0}, {v.x, v.y});
+      ptx::mma_m16n8k16_bf16(high_[t], {w.z, 0, w.w, 0}, {v.z, v.w});
+    }
+  }
+
+  // This lane's parts.
+  __device__ __forceinline__ void read(float (&parts)[kTokens]) const {
+    // Lane l has row l / 4 in columns 2 (l % 4) and the next.
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t row = lane / 4;
+#pragma unroll
+    for (uint32_t t = 0; t < kTokens; ++t) {
+      const float sum = row % 2 == 0 ? low_[t][0] + high_[t][0] : low_[t][1] + high_[t][1];
+      parts[t] = lane % 4 == row / 2 ? sum : 0.0f;
+    }
+  }
+
+ private:
+  uint32_t vectors_;
+  uint32_t vector_;
+  uint32_t pitch_;
+  float low_[kTokens][4] = {};
+  float high_[kTokens][4] = {};
+};
+
 // One warp's rows, one after another, kDepth steps ahead of what is multiplied. Every lane copies for itself alone, and
 // so meets nobody.
 //
@@ -34,35 +77,16 @@ class RowStream {
 
   // This lane's parts of the next row's products with kTokens vectors, `pitch` bytes apart from the address `vector`
   // on.
-  //
-  // The tensor cores do it: what eight times four lanes have are segments, of the row along M and of a vector along N,
-  // and the products of like segments, on the diagonal, are wanted. That is a sixteenth of what is multiplied, and a
-  // sixth of the instructions that unpacking and multiplying would take.
   template <uint32_t kTokens>
   __device__ __forceinline__ void multiply(uint32_t vectors, uint32_t vector, uint32_t pitch, float (&parts)[kTokens]) {
     const uint32_t lane = threadIdx.x % kWarpSize;
-    float low[kTokens][4] = {};
-    float high[kTokens][4] = {};
+    DotProducts<kTokens> products(vectors, vector, pitch);
     for (uint32_t at = lane; at < vectors + lane; at += kWarpSize) {
       ptx::cp_async_wait<kDepth - 1>();
-      const uint4 w = ptx::ld_shared_16(ring_ + step_ * kStepBytes);
-#pragma unroll
-      for (uint32_t t = 0; t < kTokens; ++t) {
-        uint4 v = {};
-        if (at < vectors) v = ptx::ld_shared_16(vector + t * pitch + at * 16);
-        // Which of a vector's elements are which k of a product is of no importance as long as both agree.
-        ptx::mma_m16n8k16_bf16(low[t], {w.x, 0, w.y, 0}, {v.x, v.y});
-        ptx::mma_m16n8k16_bf16(high[t], {w.z, 0, w.w, 0}, {v.z, v.w});
-      }
+      products.add(ptx::ld_shared_16(ring_ + step_ * kStepBytes), at);
       ask();
     }
-    // Lane l has row l / 4 in columns 2 (l % 4) and the next.
-    const uint32_t row = lane / 4;
-#pragma unroll
-    for (uint32_t t = 0; t < kTokens; ++t) {
-      const float sum = row % 2 == 0 ? low[t][0] + high[t][0] : low[t][1] + high[t][1];
-      parts[t] = lane % 4 == row / 2 ? sum : 0.0f;
-    }
+    products.read(parts);
   }
 
  private:
@@ -98,9 +122,11 @@ struct Share {
   uint32_t first;
   uint32_t count;
 
-  __device__ __forceinline__ explicit Share(uint32_t all)
-      : first(static_cast<uint32_t>(uint64_t{all} * blockIdx.x / gridDim.x)),
-        count(static_cast<uint32_t>(uint64_t{all} * (blockIdx.x + 1) / gridDim.x) - first) {}
+  __device__ __forceinline__ explicit Share(uint32_t all) : Share(all, blockIdx.x) {}
+  // Of another block.
+  __device__ __forceinline__ Share(uint32_t all, uint32_t block)
+      : first(static_cast<uint32_t>(uint64_t{all} * block / gridDim.x)),
+        count(static_cast<uint32_t>(uint64_t{all} * (block + 1) / gridDim.x) - first) {}
 };
 
 }  // namespace anabranch

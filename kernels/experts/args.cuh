@@ -129,9 +129,9 @@ constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
 constexpr uint32_t kOneTokenWarps = 16;
 constexpr uint32_t kOneTokenSteps = 16;
 
-// The steps, x, h, three barriers.
+// The steps, x, h, three barriers and a word.
 constexpr uint64_t one_token_bytes(const Problem& problem) {
-  return kOneTokenWarps * kOneTokenSteps * 512 + 2 * (problem.hidden + problem.topk * problem.intermediate) + 3 * 8;
+  return kOneTokenWarps * kOneTokenSteps * 512 + 2 * (problem.hidden + problem.topk * problem.intermediate) + 4 * 8;
 }
 
 constexpr Config choose(const Problem& problem) {
@@ -162,9 +162,8 @@ static_assert(choose_there(3, 64, 6).stages == 6 && choose_there(512, 128, 8).to
 static_assert(choose_there(16384, 64, 6).token_tile == 176 && choose_there(16384, 256, 8).stages == 4);
 static_assert(choose_there(4096, 1024, 32).stages >= 3);
 
-// Most tiles of tokens, whatever the routing: an expert's last one may be nearly empty. A single token has none.
+// Most tiles of tokens, whatever the routing: an expert's last one may be nearly empty.
 constexpr uint64_t most_tiles(const Config& config, uint64_t pairs, uint64_t experts) {
-  if (config.tile == TileId::kOneToken) return 0;
   return least(pairs, experts) + pairs / config.token_tile;
 }
 

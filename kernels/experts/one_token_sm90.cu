@@ -12,7 +12,8 @@
 // warp copies weights for itself alone, 16 bytes at a time, kDepth steps of its warp ahead, and so meets nobody while
 // it multiplies. A warp's part of the second product follows its part of the first in the same ring of steps, so that
 // memory does not rest while the blocks wait for one another's h. A warp takes a column of the result through all K
-// experts, which leaves nothing to sum up afterwards.
+// experts, which leaves nothing to sum up afterwards. A block that waits long does the part of h of blocks that have
+// not begun: another stream's kernel may hold their multiprocessors, and wait for this one's.
 //
 // Bounds. Bytes 6 d n an expert hit; one multiply-add for two bytes.
 
@@ -47,7 +48,8 @@ struct OneTokenArgs {
   const float* weights;     // [K]
   uint16_t* h;              // [K, n] bf16
   uint16_t* out;            // [d] bf16
-  uint32_t* gated;          // blocks that have written their part of h; zero before the launch
+  uint32_t* gated;          // parts of h that are written, a block's each; zero before the launch
+  uint32_t* begun;          // [blocks]: whether somebody does a block's part of h; zero before the launch
   uint32_t num_experts;
   uint32_t topk;
   uint32_t hidden;
@@ -62,6 +64,7 @@ struct Places {
   uint32_t x_there;    // barriers: x has been copied,
   uint32_t gate_done;  // all warps have written their part of h,
   uint32_t h_there;    // h of all blocks has been copied
+  uint32_t* is_own;    // whether the block does its part of h, and no other does
 
   __device__ __forceinline__ Places(const char* shared, const OneTokenArgs& args)
       : ring(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -69,7 +72,8 @@ struct Places {
         h(x + args.hidden * 2),
         x_there(h + args.topk * args.intermediate * 2),
         gate_done(x_there + 8),
-        h_there(x_there + 16) {}
+        h_there(x_there + 16),
+        is_own(reinterpret_cast<uint32_t*>(const_cast<char*>(shared) + (h_there + 8 - ring))) {}
 };
 
 // The token's experts: lane k has the k-th.
@@ -94,6 +98,13 @@ class Chosen {
   uint32_t valid_;
 };
 
+// Where a column of h has its row of the gate; that of up is n rows below.
+__device__ __forceinline__ const uint4* gate_row(const OneTokenArgs& args, const Chosen& chosen, uint32_t column) {
+  const uint32_t k = column / args.intermediate;
+  const uint64_t row = uint64_t{2} * chosen.expert(k) * args.intermediate + (column - k * args.intermediate);
+  return reinterpret_cast<const uint4*>(args.gate_up) + row * (args.hidden / kVector);
+}
+
 // One warp's rows of both products, one after another: of the first, gate and up of a column of h, of the second, a
 // column of the result by all experts.
 class ExpertRows {
@@ -115,9 +126,7 @@ class ExpertRows {
         const uint32_t column = columns_.first + unit_;
         const uint32_t k = column / args_.intermediate;
         if (!chosen_.is_there(k)) continue;
-        const uint64_t number =
-            uint64_t{2} * chosen_.expert(k) * args_.intermediate + (column - k * args_.intermediate);
-        gate_ = reinterpret_cast<const uint4*>(args_.gate_up) + number * vectors;
+        gate_ = gate_row(args_, chosen_, column);
         row = gate_;
         is_up_next_ = true;
         return true;
@@ -162,6 +171,7 @@ __device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places&
                                      ExpertRows(args, chosen, columns, results, warp));
   rows.begin();
   wait(places.x_there, 0);
+  const bool is_own = *places.is_own != 0;
   for (uint32_t unit = warp; unit < columns.count; unit += kOneTokenWarps) {
     const uint32_t column = columns.first + unit;
     if (!chosen.is_there(column / args.intermediate)) continue;
@@ -170,7 +180,7 @@ __device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places&
     const float gate = warp_sum(part[0]);
     rows.multiply(args.hidden / kVector, places.x, 0, part);
     const float up = warp_sum(part[0]);
-    if (lane == 0) args.h[column] = float_to_bf16(silu_times(gate, up));
+    if (lane == 0 && is_own) args.h[column] = float_to_bf16(silu_times(gate, up));
   }
   if (lane == 0) {
     // Written by ordinary stores, read by the copy engine.
@@ -191,18 +201,77 @@ __device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places&
   }
 }
 
-// One thread brings x and, when all blocks have written it, h.
-__device__ __forceinline__ void bring_vectors(const OneTokenArgs& args, const Places& places) {
-  ptx::mbarrier_arrive_expect(places.x_there, args.hidden * 2);
-  ptx::bulk_copy(places.x, args.x, args.hidden * 2, places.x_there);
-  wait(places.gate_done, 0);
-  ptx::red_release_add(args.gated, 1);
-  while (ptx::ld_acquire(args.gated) < gridDim.x) {
+// A row's product with x, as `multiply` makes it to the bit, without a ring.
+__device__ __forceinline__ float times_x(const OneTokenArgs& args, const Places& places, const uint4* row) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t vectors = args.hidden / kVector;
+  DotProducts<1> products(vectors, places.x, 0);
+  for (uint32_t at = lane; at < vectors + lane; at += kWarpSize) products.add(at < vectors ? row[at] : uint4{}, at);
+  float part[1];
+  products.read(part);
+  return warp_sum(part[0]);
+}
+
+// One warp does the part of h of a block that has not begun, unless another was faster.
+__device__ __forceinline__ void stand_in_for(const OneTokenArgs& args, const Places& places, const Chosen& chosen,
+                                             uint32_t block) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t begun = lane == 0 ? atomicExch(args.begun + block, 1u) : 0;
+  if (__shfl_sync(kFullWarp, begun, 0) != 0) return;
+  const Share columns(args.topk * args.intermediate, block);
+  for (uint32_t column = columns.first; column < columns.first + columns.count; ++column) {
+    if (!chosen.is_there(column / args.intermediate)) continue;
+    const uint4* const row = gate_row(args, chosen, column);
+    const float gate = times_x(args, places, row);
+    const float up = times_x(args, places, row + uint64_t{args.intermediate} * (args.hidden / kVector));
+    if (lane == 0) args.h[column] = float_to_bf16(silu_times(gate, up));
   }
-  ptx::fence_global_proxy();
-  const uint32_t bytes = args.topk * args.intermediate * 2;
-  ptx::mbarrier_arrive_expect(places.h_there, bytes);
-  ptx::bulk_copy(places.h, args.h, bytes, places.h_there);
+  if (lane == 0) {
+    ptx::fence_global_proxy();
+    ptx::red_release_add(args.gated, 1);
+  }
+}
+
+// The same for all such blocks. Mostly there are none.
+__device__ __forceinline__ void stand_in(const OneTokenArgs& args, const Places& places) {
+  const Chosen chosen(args);
+  wait(places.x_there, 0);
+  for (uint32_t base = 0; base < gridDim.x; base += kWarpSize) {
+    const uint32_t block = base + threadIdx.x % kWarpSize;
+    const bool absent = block < gridDim.x && ptx::ld_acquire(args.begun + block) == 0;
+    for (uint32_t left = __ballot_sync(kFullWarp, absent); left != 0; left &= left - 1) {
+      stand_in_for(args, places, chosen, base + __ffs(static_cast<int>(left)) - 1);
+    }
+  }
+}
+
+// Looks at the count of parts before blocks that have not begun are looked for: some 50 us, which no block takes longer
+// than another.
+constexpr uint32_t kPatience = 64;
+
+// One warp brings x and, when all of it is written, h.
+__device__ __forceinline__ void bring_vectors(const OneTokenArgs& args, const Places& places) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  bool is_own = false;
+  if (lane == 0) {
+    is_own = atomicExch(args.begun + blockIdx.x, 1u) == 0;
+    *places.is_own = is_own ? 1 : 0;
+    ptx::mbarrier_arrive_expect(places.x_there, args.hidden * 2);
+    ptx::bulk_copy(places.x, args.x, args.hidden * 2, places.x_there);
+  }
+  wait(places.gate_done, 0);
+  if (lane == 0 && is_own) ptx::red_release_add(args.gated, 1);
+  for (uint32_t looks = 1;; ++looks) {
+    const uint32_t parts = lane == 0 ? ptx::ld_acquire(args.gated) : 0;
+    if (__shfl_sync(kFullWarp, parts, 0) >= gridDim.x) break;
+    if (looks % kPatience == 0) stand_in(args, places);
+  }
+  if (lane == 0) {
+    ptx::fence_global_proxy();
+    const uint32_t bytes = args.topk * args.intermediate * 2;
+    ptx::mbarrier_arrive_expect(places.h_there, bytes);
+    ptx::bulk_copy(places.h, args.h, bytes, places.h_there);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_constant__ OneTokenArgs args) {
@@ -220,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_consta
   const uint32_t warp = threadIdx.x / kWarpSize;
   if (warp < kOneTokenWarps) {
     multiply(args, places, warp);
-  } else if (threadIdx.x % kWarpSize == 0) {
+  } else {
     bring_vectors(args, places);
   }
 }
@@ -238,6 +307,7 @@ AnabranchStatus launch_one_token(const Config& config, const Args& args, const v
   one.h = args.h;
   one.out = args.out;
   one.gated = args.next_item;
+  one.begun = args.gated;
   one.num_experts = args.num_experts;
   one.topk = args.topk;
   one.hidden = args.hidden;

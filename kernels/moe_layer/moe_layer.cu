@@ -108,7 +108,10 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
     if (!suits_sm90(device, sizes)) return ANABRANCH_STATUS_UNSUPPORTED;
     plan->experts = experts::choose({sizes.tokens, sizes.experts, sizes.topk, sizes.hidden, sizes.intermediate,
                                      static_cast<uint64_t>(device.shared_per_block)});
-    plan->token_tiles = experts::most_tiles(plan->experts, sizes.pairs(), sizes.experts);
+    // A single token's kernel has a word for each block there instead.
+    const uint64_t tiles = experts::most_tiles(plan->experts, sizes.pairs(), sizes.experts);
+    const uint64_t blocks = static_cast<uint64_t>(device.multiprocessors);
+    plan->token_tiles = tiles > blocks ? tiles : blocks;
     plan->progress_words = kCounterWords + plan->token_tiles + (sizes.hidden - 1) / experts::kBlockRows + 8;
     plan->blocks = static_cast<uint32_t>(device.multiprocessors);
     const uint64_t capacity = shape.routing.expert_capacity;
