@@ -27,6 +27,8 @@ pub(super) struct Graphs {
     /// The step that came last, if it was not recorded.
     seen: Option<Key>,
     recorded: Vec<(Key, Graph)>,
+    /// The stream cannot be recorded: the caller's may be CUDA's default one.
+    refused: bool,
 }
 
 #[derive(Debug, Default)]
@@ -65,7 +67,10 @@ impl Graphs {
     /// Everything up to the pass's results is launched: what was recorded runs.
     pub(super) fn finish(&mut self) -> Result<()> {
         if let Pass::Recorded(key, recording) = std::mem::take(&mut self.pass) {
+            // Where this fails, the pass may be tried again, and is not recorded then.
+            self.refused = true;
             let graph = recording.finish()?;
+            self.refused = false;
             graph.launch()?;
             if self.recorded.len() == MOST_GRAPHS {
                 self.recorded.remove(0);
@@ -95,8 +100,16 @@ impl CudaCache {
             graphs.pass = Pass::Replayed;
             return Ok(true);
         }
-        graphs.pass =
-            if graphs.seen == Some(key) { Pass::Recorded(key, Recording::begin(&gpu.stream)?) } else { Pass::Begun };
+        graphs.pass = Pass::Begun;
+        if graphs.seen == Some(key) && !graphs.refused {
+            match Recording::begin(&gpu.stream) {
+                Ok(recording) => graphs.pass = Pass::Recorded(key, recording),
+                Err(error) => {
+                    tracing::info!("steps are launched kernel by kernel: {error}");
+                    graphs.refused = true;
+                }
+            }
+        }
         graphs.seen = Some(key);
         Ok(false)
     }
