@@ -29,7 +29,7 @@ struct NormArgs {
 struct Bf16Weight {
   static constexpr uint32_t kBytes = 2 * kVector;
   static __device__ __forceinline__ void read(float (&w)[kVector], const void* weight, uint32_t at) {
-    unpack(w, *(static_cast<const uint4*>(weight) + at));
+    unpack(w, static_cast<const uint4*>(weight)[at]);
   }
 };
 
@@ -59,7 +59,8 @@ __device__ __forceinline__ float sum_over(float x, uint32_t threads) {
 template <uint32_t kVectors, typename Weight>
 __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormArgs args) {
   ptx::launch_dependents();
-  // No launch before writes the weight; and if one did, this were no reading.
+  // May come before the wait, even where the launch before writes the weight: the second-level cache is where it
+  // writes.
   for (uint32_t line = threadIdx.x; line < args.vectors * Weight::kBytes / 128; line += blockDim.x) {
     ptx::prefetch_l2(static_cast<const char*>(args.weight) + line * 128);
   }

@@ -15,6 +15,8 @@
 // Bounds. Bytes: 4 T (Hq dq' + Hk dk + Hv dv), dq' the elements rotated: T = 16,384 with 32 + 4 + 4 heads of 128: 336
 // MB, 78 us at 4.28 TB/s. Three FLOP a value; T rotary_dim / 2 sines and cosines.
 
+#include <algorithm>
+
 #include "block/rotate_heads.cuh"
 #include "common/launch.cuh"
 
@@ -60,7 +62,10 @@ AnabranchStatus check(const AnabranchRopeParams& params) {
   return aligned ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_ALIGNMENT;
 }
 
+// Up to so many tokens leave most multiprocessors without a block of their own. Their heads are shared among several
+// blocks, each of which works out the angles.
 constexpr uint64_t kFewTokens = 16;
+constexpr uint64_t kMostShares = 64;
 
 Heads heads_of(const AnabranchHeads& heads, void* to, uint64_t to_stride) {
   return {static_cast<const uint16_t*>(heads.data),
@@ -70,6 +75,10 @@ Heads heads_of(const AnabranchHeads& heads, void* to, uint64_t to_stride) {
           heads.num_heads,
           heads.head_dim,
           heads.first};
+}
+
+uint64_t width_of(const Heads& heads) {
+  return uint64_t{heads.heads} * heads.head_dim;
 }
 
 bool is_wide(const Heads& heads) {
@@ -96,10 +105,9 @@ AnabranchStatus launch(const AnabranchRopeParams& params, cudaStream_t stream) {
   const bool wide = whole && is_wide(args.q) && is_wide(args.k) && is_wide(args.v);
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<uint32_t>(params.num_tokens);
-  // A few tokens' heads are shared among several blocks, each of which works out the angles.
-  const uint32_t vectors =
-      (args.q.heads * args.q.head_dim + args.k.heads * args.k.head_dim + args.v.heads * args.v.head_dim) / kVector;
-  config.gridDim.y = wide && params.num_tokens <= kFewTokens ? (vectors - 1) / (2 * kRopeThreads) + 1 : 1;
+  const uint64_t vectors = (width_of(args.q) + width_of(args.k) + width_of(args.v)) / kVector;
+  const uint64_t shares = std::clamp<uint64_t>((vectors + 2 * kRopeThreads - 1) / (2 * kRopeThreads), 1, kMostShares);
+  config.gridDim.y = wide && params.num_tokens <= kFewTokens ? static_cast<uint32_t>(shares) : 1;
   config.blockDim = kRopeThreads;
   config.stream = stream;
   return launch_overlapping(wide ? rotate_vectors : rotate_elements, config, args);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/bf16.cuh"
+#include "common/silu.cuh"
 #include "experts/pipeline.cuh"
-#include "experts/silu.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/stmatrix.cuh"
@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_gated(const Args& args, const Item& item, 
 #pragma unroll
       for (int j = first; j < first + 4 && j < kAll; ++j) {
         const float* d = sums[block] + 4 * j;
-        words[j - first] = ptx::cvt_bf16x2(silu_times(d[0], d[2]), silu_times(d[1], d[3]));
+        words[j - first] = ptx::cvt_bf16x2(silu(d[0]) * d[2], silu(d[1]) * d[3]);
       }
       const uint32_t to = out_address(out, lane, block * 4 + warp);
       if (left >= 4) {

@@ -20,9 +20,10 @@
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
 #include "common/row_stream.cuh"
+#include "common/silu.cuh"
 #include "common/warp.cuh"
 #include "experts/one_token.cuh"
-#include "experts/silu.cuh"
+#include "experts/wait.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/gpu_scope.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -34,11 +35,6 @@ namespace {
 
 constexpr uint32_t kThreads = (kOneTokenWarps + 1) * kWarpSize;
 constexpr uint32_t kDepth = kOneTokenSteps;
-
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  while (!ptx::mbarrier_try_wait(barrier, parity)) {
-  }
-}
 
 struct OneTokenArgs {
   const uint16_t* x;        // [d] bf16
@@ -180,7 +176,7 @@ __device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places&
     const float gate = warp_sum(part[0]);
     rows.multiply(args.hidden / kVector, places.x, 0, part);
     const float up = warp_sum(part[0]);
-    if (lane == 0 && is_own) args.h[column] = float_to_bf16(silu_times(gate, up));
+    if (lane == 0 && is_own) args.h[column] = float_to_bf16(silu(gate) * up);
   }
   if (lane == 0) {
     // Written by ordinary stores, read by the copy engine.
@@ -224,7 +220,7 @@ __device__ __forceinline__ void stand_in_for(const OneTokenArgs& args, const Pla
     const uint4* const row = gate_row(args, chosen, column);
     const float gate = times_x(args, places, row);
     const float up = times_x(args, places, row + uint64_t{args.intermediate} * (args.hidden / kVector));
-    if (lane == 0) args.h[column] = float_to_bf16(silu_times(gate, up));
+    if (lane == 0) args.h[column] = float_to_bf16(silu(gate) * up);
   }
   if (lane == 0) {
     ptx::fence_global_proxy();

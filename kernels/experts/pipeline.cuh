@@ -2,6 +2,7 @@
 #pragma once
 
 #include "experts/schedule.cuh"
+#include "experts/wait.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace anabranch::experts {
@@ -11,11 +12,6 @@ constexpr uint32_t kTokenWarps = 3;
 
 // Numbers of the block's named barriers; 0 is __syncthreads'.
 constexpr uint32_t kGroupBarrier = 1;  // and following, one a consumer warpgroup
-
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  while (!ptx::mbarrier_try_wait(barrier, parity)) {
-  }
-}
 
 // Where a role is in a ring of stages: which one, and how often it has been around, by parity.
 struct Position {

@@ -2,17 +2,12 @@
 // enough.
 #pragma once
 
+#include "common/silu.cuh"
 #include "common/warp.cuh"
 #include "grouped_gemm/fragments.cuh"
 #include "grouped_gemm/scheduler.cuh"
-#include "ptx/math.cuh"
 
 namespace anabranch::grouped_gemm {
-
-__device__ __forceinline__ float silu(float x) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  return x * ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * x));
-}
 
 template <Epilogue kEpilogue>
 __device__ __forceinline__ float activate(const Args& args, float x) {
@@ -60,8 +55,8 @@ struct Store {
     Bias bias = {};
     if (args.bias == nullptr || column >= args.columns) return bias;
     const float* from = args.bias + static_cast<uint64_t>(expert) * args.columns * (kPaired ? 2 : 1) + column;
-    bias.first = __ldg(reinterpret_cast<const float2*>(from));
-    if constexpr (kPaired) bias.up = __ldg(reinterpret_cast<const float2*>(from + args.columns));
+    bias.first = *reinterpret_cast<const float2*>(from);
+    if constexpr (kPaired) bias.up = *reinterpret_cast<const float2*>(from + args.columns);
     return bias;
   }
 

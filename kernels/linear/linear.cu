@@ -17,8 +17,8 @@
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
 #include "common/row_stream.cuh"
+#include "common/silu.cuh"
 #include "ptx/grid_dependency.cuh"
-#include "ptx/math.cuh"
 #include "ptx/prefetch.cuh"
 
 namespace anabranch::linear {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 2 ? 2 : 1) multiply_rows(
       float up[kTokens];
       rows.multiply(args.vectors, ring + kRingBytes, args.vectors * 16, up);
 #pragma unroll
-      for (uint32_t t = 0; t < kTokens; ++t) sums[t] = sums[t] / (1.0f + expf(-sums[t])) * warp_sum(up[t]);
+      for (uint32_t t = 0; t < kTokens; ++t) sums[t] = silu(sums[t]) * warp_sum(up[t]);
     } else if (args.bias != nullptr) {
       const float bias = args.bias[share.first + column];
 #pragma unroll
@@ -206,9 +206,11 @@ AnabranchStatus limit(uint64_t* bytes) {
 extern "C" AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint32_t* takes) {
   using namespace anabranch;
   if (takes == nullptr) return ANABRANCH_STATUS_POINTER;
+  *takes = 0;
+  if (num_tokens > linear::kMaxTokens) return ANABRANCH_STATUS_OK;
   uint64_t most = 0;
   ANABRANCH_TRY(linear::limit(&most));
-  *takes = num_tokens <= linear::kMaxTokens && linear::shared_bytes(num_tokens, in_features) <= most;
+  *takes = linear::shared_bytes(num_tokens, in_features) <= most;
   return ANABRANCH_STATUS_OK;
 }
 

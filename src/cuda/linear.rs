@@ -63,17 +63,19 @@ fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: 
 /// `y[T, out] = epilogue(x W^T + b)`, as [`reference::linear`](crate::reference::linear) specifies, summed in float32. The same call
 /// gives the same bits. `2 T in out` FLOP or one read of the weight, whichever takes longer.
 ///
-/// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to 4
-/// (fewer where they are very wide), without an activation or a bias of gates and with [`Tile::Auto`], have a kernel of their own. Where the stream has cuBLASLt ([`Stream::enable_cublaslt`]), that computes what has neither bias nor epilogue, with
-/// [`Tile::Auto`], from the number of tokens on that the stream was given, except for shapes that it has no repeatable algorithm for: in
-/// one launch or two, in an order that depends on all three sizes and on the library's release.
+/// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to
+/// 4 (fewer where they are very wide) have a kernel of their own, with [`Tile::Auto`] and the epilogue [`Epilogue::Linear`], or
+/// [`Epilogue::SwiGlu`] without a bias.
+///
+/// Where the stream has cuBLASLt ([`Stream::enable_cublaslt`]), that computes what has neither bias nor epilogue, with [`Tile::Auto`],
+/// from the number of tokens on that the stream was given, except for shapes that it has no repeatable algorithm for: in one launch or
+/// two, in an order that depends on all three sizes and on the library's release.
 ///
 /// # Errors
 /// As [`grouped_gemm_into`](super::grouped_gemm_into); [`Error::Launch`](crate::Error::Launch) also with what cuBLASLt reports.
 pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &mut ViewMut<'_, O>) -> Result<()> {
     let [num_tokens, inner, out] = input.sizes()?;
     let launch = Launch::begin(OPERATION, stream)?;
-    let few = takes_few(input, num_tokens, inner)?;
     let x = launch.read("x", &input.x, [num_tokens, inner])?;
     let weight = launch.read("weight", &input.weight, [weight_rows(input.epilogue, out), inner])?;
     let bias = match &input.bias {
@@ -91,7 +93,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
             return launch.end(sys::AnabranchStatus::ANABRANCH_STATUS_OK);
         }
     }
-    if few {
+    if takes_few(input, num_tokens, inner)? {
         let params = sys::AnabranchLinearParams {
             num_tokens: num_tokens as u64,
             in_features: inner as u32,

@@ -251,10 +251,12 @@ impl<F: Forward> Engine<F> {
             segments.push(Segment { blocks: &table.blocks, position: *position, len });
         }
         let batch = Batch { ids: &ids, segments: &segments };
-        let next = if scheduled.iter().all(|&(index, _)| self.running[index].is_greedy()) {
+        let logits;
+        let next: Vec<Next<'_>> = if scheduled.iter().all(|&(index, _)| self.running[index].is_greedy()) {
             self.model.greedy(&batch)?.into_iter().map(Next::Token).collect()
         } else {
-            Self::rows(&self.model.forward(&batch)?, self.model.vocab_size())
+            logits = self.model.forward(&batch)?;
+            Next::rows(&logits, self.model.vocab_size())
         };
         if next.len() != segments.len() {
             let expected = format!("{} rows of {}", segments.len(), self.model.vocab_size());
@@ -276,14 +278,6 @@ impl<F: Forward> Engine<F> {
             self.pool.release(done.table);
         }
         Ok(step)
-    }
-
-    /// Logits row by row; none if they are no whole rows.
-    fn rows(logits: &[f32], vocab_size: usize) -> Vec<Next> {
-        if vocab_size == 0 || !logits.len().is_multiple_of(vocab_size) {
-            return Vec::new();
-        }
-        logits.chunks_exact(vocab_size).map(|row| Next::Logits(row.to_vec())).collect()
     }
 
     /// Which running requests go into the next pass, and how many of their tokens. Makes room for these in the cache.
@@ -376,9 +370,19 @@ pub(crate) fn longest(prompt: &[u32], max_new_tokens: usize, max_position_embedd
 }
 
 /// What a pass says of a sequence's next token.
-enum Next {
+enum Next<'a> {
     Token(Result<u32>),
-    Logits(Vec<f32>),
+    Logits(&'a [f32]),
+}
+
+impl<'a> Next<'a> {
+    /// Logits row by row; none if they are no whole rows.
+    fn rows(logits: &'a [f32], vocab_size: usize) -> Vec<Self> {
+        if vocab_size == 0 || !logits.len().is_multiple_of(vocab_size) {
+            return Vec::new();
+        }
+        logits.chunks_exact(vocab_size).map(Self::Logits).collect()
+    }
 }
 
 /// A request and what was made of it so far.
@@ -438,14 +442,14 @@ impl Sequence {
     }
 
     /// Takes the next token, or draws it.
-    fn advance(&mut self, next: Next) -> Event {
+    fn advance(&mut self, next: Next<'_>) -> Event {
         let request = self.id;
         let id = match next {
             Next::Token(id) => id,
             Next::Logits(logits) => {
                 // 53 bits, all that a float64 in [0, 1) distinguishes evenly.
                 let u = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-                sample(&self.sampling, &logits, &self.ids, u).map_err(Into::into)
+                sample(&self.sampling, logits, &self.ids, u).map_err(Into::into)
             }
         };
         let id = match id {

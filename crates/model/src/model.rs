@@ -146,6 +146,7 @@ impl<B: Backend> Model<B> {
         mut observer: Option<&mut dyn Observer>,
         routing: &GivenRouting,
     ) -> Result<B::Hidden> {
+        self.check(batch, routing)?;
         self.run(batch, cache, &mut observer, routing)?;
         let hidden = self.backend.hidden(&self.config, &self.norm, cache)?;
         if let Some(observer) = observer {
@@ -154,7 +155,7 @@ impl<B: Backend> Model<B> {
         Ok(hidden)
     }
 
-    /// All blocks, up to the final norm.
+    /// All blocks, up to the final norm, for what [`Model::check`] has passed.
     fn run(
         &self,
         batch: &Batch<'_>,
@@ -163,7 +164,6 @@ impl<B: Backend> Model<B> {
         routing: &GivenRouting,
     ) -> Result<()> {
         let (backend, config) = (&self.backend, &self.config);
-        self.check(batch, routing)?;
         backend.embed(config, &self.embedding, batch, cache)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             if let Some(observer) = observer.as_deref_mut() {

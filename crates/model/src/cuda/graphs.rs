@@ -24,7 +24,7 @@ struct Key {
 #[derive(Debug, Default)]
 pub(super) struct Graphs {
     pass: Pass,
-    /// The step that came last, if it was not recorded.
+    /// The step that was announced last, replayed ones aside: the next one like it is recorded.
     seen: Option<Key>,
     recorded: Vec<(Key, Graph)>,
     /// The stream cannot be recorded: the caller's may be CUDA's default one.

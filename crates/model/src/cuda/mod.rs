@@ -226,7 +226,11 @@ impl Backend for Cuda {
         }
         self.finish(config, norm, head, rows, cache)?;
         let tokens = self.gpu.stream.download(&cache.work.tokens.part(0, [rows.len()])?)?;
-        let refused = || Error::Input("logits hold NaN or plus infinity: there is no token to draw".to_owned());
+        let refused = || {
+            Error::Input(
+                "logits hold NaN or plus infinity, or nothing but minus infinity: there is no token to draw".to_owned(),
+            )
+        };
         Ok(tokens.into_iter().map(|token| u32::try_from(token).map_err(|_| refused())).collect())
     }
 
@@ -270,6 +274,7 @@ impl Cuda {
         let x = if all { &work.normed } else { &work.picked };
         head.0.run(stream, x.part(0, [count, width])?, &mut work.logits.part_mut(0, [count, vocab])?)?;
         let (logits, tokens) = (work.logits.part(0, [count, vocab])?, &mut work.tokens.part_mut(0, [count])?);
+        // Whether logits or tokens are asked for, a recorded step serves both.
         argmax_into(stream, &logits, &mut work.bytes.view_mut(), tokens)?;
         graphs.finish()
     }

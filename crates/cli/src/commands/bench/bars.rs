@@ -1,6 +1,7 @@
 //! Decoding speed beside its floor, as SVG: a pair of bars a point, one below the other.
 
 use super::model::Point;
+use crate::svg;
 use std::fmt::Write;
 
 const WIDTH: f64 = 900.0;
@@ -18,16 +19,12 @@ pub(super) fn draw(points: &[Point]) -> String {
     let decode: Vec<(&Point, f64)> =
         points.iter().filter_map(|point| Some((point, point.floor_tokens_per_second?))).collect();
     let height = TOP + ROW * decode.len() as f64 + 40.0;
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
-         font-family=\"Helvetica, Arial, DejaVu Sans, sans-serif\" font-size=\"13\" fill=\"#222\">\n\
-         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
-    );
+    let mut picture = svg::begin(WIDTH, height);
     let device = decode.first().map_or("", |(point, _)| point.device.as_str());
     let title = format!("Decoding, bf16, {device}");
-    text(&mut svg, 24.0, 30.0, "start", "font-size=\"17\" font-weight=\"bold\"", &title);
+    svg::text(&mut picture, [24.0, 30.0], "start", "font-size=\"17\" font-weight=\"bold\"", &title);
     let legend = "tokens a second; the grey bar is what reading the weights once a step at 4.6 TB/s allows";
-    text(&mut svg, 24.0, 52.0, "start", "fill=\"#555\"", legend);
+    svg::text(&mut picture, [24.0, 52.0], "start", "fill=\"#555\"", legend);
     let mut model = "";
     for (row, (point, floor)) in decode.iter().enumerate() {
         let y = TOP + ROW * row as f64;
@@ -35,29 +32,24 @@ pub(super) fn draw(points: &[Point]) -> String {
         let middle = y + BAR * 0.78;
         if model != point.model {
             model = &point.model;
-            text(&mut svg, 24.0, middle, "start", "font-weight=\"bold\"", model);
+            svg::text(&mut picture, [24.0, middle], "start", "font-weight=\"bold\"", model);
         }
         let label = format!("batch {}, context {}", point.batch, point.context);
-        text(&mut svg, LEFT - 10.0, middle, "end", "", &label);
+        svg::text(&mut picture, [LEFT - 10.0, middle], "end", "", &label);
         for (share, colour) in [(1.0, FLOOR), (share.min(1.0), MEASURED)] {
             let width = (RIGHT - LEFT) * share;
             let _ = writeln!(
-                svg,
+                picture,
                 "<rect x=\"{LEFT}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{BAR}\" fill=\"{colour}\"/>"
             );
         }
         let value = format!("{:.0}", point.tokens_per_second);
-        text(&mut svg, LEFT + 6.0, middle, "start", "fill=\"#fff\" font-weight=\"bold\"", &value);
+        svg::text(&mut picture, [LEFT + 6.0, middle], "start", "fill=\"#fff\" font-weight=\"bold\"", &value);
         let of = format!("{:.0}% of {floor:.0}", 100.0 * share);
-        text(&mut svg, RIGHT + 8.0, middle, "start", "", &of);
+        svg::text(&mut picture, [RIGHT + 8.0, middle], "start", "", &of);
     }
-    svg.push_str("</svg>\n");
-    svg
-}
-
-fn text(svg: &mut String, x: f64, y: f64, anchor: &str, style: &str, text: &str) {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" {style}>{text}</text>");
+    picture.push_str("</svg>\n");
+    picture
 }
 
 #[cfg(test)]

@@ -8,11 +8,11 @@ use super::{
 };
 use crate::{failure::Failure, output, units};
 use anabranch::cuda::{
-    Arch, Device, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, RouterLogitsInput, Stream, Tensor,
-    TopkBuffers, checksum_into,
+    Arch, Device, Graph, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, Recording, RouterLogitsInput,
+    Stream, Tensor, TopkBuffers, checksum_into,
     cudarc::driver::{
-        CudaEvent, CudaGraph, DriverError,
-        sys::{CUdevice_attribute, CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode},
+        CudaEvent, DriverError,
+        sys::{CUdevice_attribute, CUevent_flags},
     },
     random, router_logits_into,
 };
@@ -245,7 +245,7 @@ impl Bench {
         let stream = self.stream.clone();
         let graph = capture(&stream, || call.launch(&stream, weights, false))?;
         let eager = self.series(|| call.launch(&stream, weights, false))?;
-        let replayed = self.series(|| graph.launch().map_err(driver))?;
+        let replayed = self.series(|| Ok(graph.launch()?))?;
         Ok((eager, replayed))
     }
 
@@ -282,7 +282,7 @@ impl Bench {
         loop {
             let mut events = Vec::new();
             for _ in 0..BATCH {
-                events.push(timed(&stream, || graph.launch().map_err(driver))?);
+                events.push(timed(&stream, || Ok(graph.launch()?))?);
             }
             stream.synchronize()?;
             if std::mem::replace(&mut warm, true) {
@@ -348,15 +348,12 @@ fn enough(samples: usize, spent: Duration) -> bool {
 }
 
 /// Records what `launch` enqueues as a graph. It is called once before: kernels are loaded at their first launch.
-fn capture(stream: &Stream, mut launch: impl FnMut() -> Result<(), Failure>) -> Result<CudaGraph, Failure> {
+fn capture(stream: &Stream, mut launch: impl FnMut() -> Result<(), Failure>) -> Result<Graph, Failure> {
     launch()?;
     stream.synchronize()?;
-    let raw = stream.cudarc();
-    raw.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
-    let launched = launch();
-    let graph = raw.end_capture(CUgraphInstantiate_flags(0)).map_err(driver)?;
-    launched?;
-    graph.ok_or_else(|| Failure::Failed("the CUDA driver recorded an empty graph".to_owned()))
+    let recording = Recording::begin(stream)?;
+    launch()?;
+    Ok(recording.finish()?)
 }
 
 fn timed(stream: &Stream, launch: impl FnOnce() -> Result<(), Failure>) -> Result<(CudaEvent, CudaEvent), Failure> {

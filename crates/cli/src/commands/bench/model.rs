@@ -7,7 +7,7 @@ use anabranch_model::{
     BLOCK_SIZE, Batch, Config, Cuda, Forward, Model, Segment, Session, analysis::Analysis, blocks_for,
 };
 use serde::Serialize;
-use std::{fs, path::PathBuf, time::Instant};
+use std::{path::PathBuf, time::Instant};
 
 /// Measure whole models with random weights: decoding, and reading prompts
 #[derive(clap::Args)]
@@ -100,18 +100,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         measure(arguments, ordinal, name, &config, &mut points)?;
         output::print(&format!("\n{name}\n{}", table(&points[first..])))?;
         if let Some(path) = &arguments.json {
-            let text = serde_json::to_string_pretty(&points).unwrap_or_default() + "\n";
-            write(path, &text)?;
+            output::json(path, &points)?;
         }
     }
     match &arguments.plot {
-        Some(path) => write(path, &bars::draw(&points)),
+        Some(path) => output::file(path, &bars::draw(&points)),
         None => Ok(()),
     }
-}
-
-fn write(path: &PathBuf, text: &str) -> Result<(), Failure> {
-    fs::write(path, text).map_err(|error| Failure::Failed(format!("cannot write {}: {error}", path.display())))
 }
 
 fn measure(

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{commands::at_least_one, device::Device, failure::Failure, output};
 use anabranch::cuda::Arch;
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 /// Measure the MoE layer, from router logits or hidden states to its output
 #[derive(clap::Args)]
@@ -142,7 +142,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         let first = records.len();
         bench.shape(shape, &setting, |record| {
             records.push(record);
-            arguments.json.as_deref().map_or(Ok(()), |path| record::write_json(path, &records))
+            arguments.json.as_deref().map_or(Ok(()), |path| output::json(path, &records))
         })?;
         output::print(&format!("\n{}\n{}", title(shape, arguments), record::table(&records[first..])))?;
     }
@@ -150,8 +150,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         let ceilings = Ceilings::measure(&bench, setting.arch)?;
         let Ceilings { read, copy, gemm } = ceilings;
         output::print(&format!("\nceilings: read {read:.2} TB/s, copy {copy:.2} TB/s, own GEMM {gemm:.0} TFLOP/s\n"))?;
-        let svg = roofline::draw(&records, peers.as_deref().unwrap_or_default(), ceilings);
-        fs::write(path, svg).map_err(|error| Failure::Failed(format!("cannot write {}: {error}", path.display())))?;
+        output::file(path, &roofline::draw(&records, peers.as_deref().unwrap_or_default(), ceilings))?;
     }
     Ok(())
 }

@@ -146,14 +146,6 @@ pub(super) fn read_peers(path: &Path) -> Result<Vec<Peer>, Failure> {
     }
 }
 
-/// Writes all points so far.
-pub(super) fn write_json(path: &Path, records: &[Record]) -> Result<(), Failure> {
-    let cannot = |error: &dyn std::fmt::Display| Failure::Failed(format!("cannot write {}: {error}", path.display()));
-    let mut text = serde_json::to_string_pretty(records).map_err(|error| cannot(&error))?;
-    text.push('\n');
-    fs::write(path, text).map_err(|error| cannot(&error))
-}
-
 /// The points of one shape, for people.
 pub(super) fn table(records: &[Record]) -> String {
     let head = [

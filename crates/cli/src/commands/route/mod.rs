@@ -15,13 +15,10 @@ use crate::{
 use anabranch_model::{
     Config, Error, ExpertUsage, LayerUsage, check_writable,
     config::{FeedForward, Moe},
-    write_whole,
 };
 use serde::Serialize;
 use std::{
     ffi::OsStr,
-    fs::File,
-    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -111,7 +108,7 @@ impl Task for &Arguments {
             })
         })?;
         let report = Report::new(self, &config, moe, &usage);
-        interrupt::deferred(|| self.write(&report, moe, &usage))?;
+        self.write(&report, moe, &usage)?;
         output::print(&table(&report, &usage))
     }
 }
@@ -134,7 +131,7 @@ impl Arguments {
         if let Some(path) = &self.json {
             let text = serde_json::to_string(report);
             let text = text.map_err(|error| Failure::Failed(format!("cannot write the counts as JSON: {error}")))?;
-            put(path, &format!("{text}\n"))?;
+            output::file(path, &format!("{text}\n"))?;
         }
         if let Some(path) = &self.plot {
             let subject = picture::Subject {
@@ -143,7 +140,7 @@ impl Arguments {
                 layer: self.layer.or_else(|| usage.most_uneven()).unwrap_or_default(),
                 groups: moe.routing.group_limit().map_or(1, |groups| groups.n_group),
             };
-            put(path, &picture::draw(&subject, usage.layers()))?;
+            output::file(path, &picture::draw(&subject, usage.layers()))?;
         }
         Ok(())
     }
@@ -155,10 +152,6 @@ impl Arguments {
         let last = whole.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
         last.unwrap_or(name)
     }
-}
-
-fn put(path: &Path, text: &str) -> Result<(), Error> {
-    write_whole(path, |mut file: &File| file.write_all(text.as_bytes()).map_err(Error::io("write", path)))
 }
 
 fn shortened(name: &str) -> String {
