@@ -44,18 +44,21 @@ cudaError_t can_overlap(Kernel* kernel, bool* answer) {
 }
 
 // Launches a kernel so that it may start while the one before it in the stream still runs, where the device's code can
-// do that: the kernel waits for the one before (ptx::wait_for_prerequisites) before it reads or writes anything.
+// do that: the kernel waits for the one before (ptx::wait_for_prerequisites) before it reads or writes anything. The
+// configuration may have one more attribute.
 template <typename... Parameters, typename... Arguments>
 AnabranchStatus launch_overlapping(void (*kernel)(Parameters...), cudaLaunchConfig_t config,
                                    const Arguments&... arguments) {
   bool can = false;
   const AnabranchStatus asked = checked(can_overlap(kernel, &can));
   if (asked != ANABRANCH_STATUS_OK) return asked;
-  cudaLaunchAttribute overlap = {};
+  cudaLaunchAttribute attributes[2] = {};
+  if (config.numAttrs > 0) attributes[0] = config.attrs[0];
+  cudaLaunchAttribute& overlap = attributes[config.numAttrs];
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = can ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs += can ? 1 : 0;
   return checked(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

@@ -45,6 +45,7 @@ struct Args {
   uint32_t num_rows;  // R = T K
   bool places;        // every block sorts the pairs for itself, in its shared memory
   uint32_t num_experts;
+  uint32_t num_shared;  // the last experts, which every token visits with its last slots
   uint32_t topk;
   uint32_t hidden;
   uint32_t intermediate;

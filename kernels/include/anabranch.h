@@ -643,6 +643,46 @@ AnabranchStatus anabranch_moe_plan(const AnabranchMoeShape* shape, uint64_t num_
 // Runs the layer.
 AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* params, AnabranchStream stream);
 
+// A transformer's block from its residual stream to what its experts add to it:
+//
+//   residual += delta (optional);   x = RMS norm of residual;   logits = x gate^T;   out = the layer of x by logits
+//
+// as anabranch_rms_norm, anabranch_router_logits and anabranch_moe_layer do it one after another. With up to 8 tokens
+// and 256 experts on 9.0 all that precedes the expert products is one launch.
+typedef struct AnabranchMoeBlockParams {
+  AnabranchMoeShape shape;
+  // T, as in AnabranchMoeLayerParams.
+  uint64_t num_tokens;
+  // [T, d] bf16, aligned to 16; written where there is a delta.
+  void* residual;
+  // [T, d] bf16, aligned to 16, or null.
+  const void* delta;
+  // [d], aligned to 16.
+  const float* norm_weight;
+  // Not negative.
+  float norm_eps;
+  // [E, d] bf16, aligned to 16.
+  const void* gate;
+  // [E], steers selection only, or null.
+  const float* selection_bias;
+  // As in AnabranchMoeLayerParams; shared experts have weight one.
+  const void* gate_up;
+  const void* down;
+  // [T, d] bf16, aligned to 16: written.
+  void* x;
+  // [T, E], aligned to 16: written.
+  float* logits;
+  // [T, K]: written; either may be null.
+  int32_t* topk_ids;
+  float* topk_weights;
+  // As in AnabranchMoeLayerParams.
+  void* out;
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchMoeBlockParams;
+
+AnabranchStatus anabranch_moe_block(const AnabranchMoeBlockParams* params, AnabranchStream stream);
+
 // ---- plan: only in the C library ----
 //
 // A plan is a layer's shape, checked once, for one GPU. It does not change once made: any number of threads may use one

@@ -2,8 +2,8 @@
 
 #include "moe_layer/front.cuh"
 
+#include "moe_layer/front_args.cuh"
 #include "moe_layer/launch_front.cuh"
-#include "router/host.cuh"
 
 namespace anabranch::moe_layer {
 namespace {
@@ -28,27 +28,8 @@ AnabranchStatus launch(FrontArgs& args, uint32_t blocks_wanted, cudaStream_t str
 
 AnabranchStatus launch_front(const AnabranchMoeLayerParams& params, const Sizes& sizes, const Workspace& workspace,
                              uint64_t progress_words, cudaStream_t stream) {
-  const AnabranchMoeShape& shape = params.shape;
-  AnabranchRouterParams routed = {};
-  routed.routing = shape.routing;
-  routed.num_tokens = params.num_tokens;
-  routed.logits = params.logits;
-  routed.selection_bias = params.selection_bias;
-  routed.topk_ids = workspace.ids;
-  routed.topk_weights = workspace.weights;
-  FrontArgs args = {};
-  if (params.logits == nullptr) {
-    args.given_ids = params.topk_ids;
-    args.given_weights = params.topk_weights;
-  } else if (params.topk_ids != nullptr || params.topk_weights != nullptr) {
-    args.routed_ids = params.topk_ids != nullptr ? params.topk_ids : workspace.routed_ids;
-    args.routed_weights = params.topk_weights != nullptr ? params.topk_weights : workspace.routed_weights;
-  }
-  args.shared_gate = params.shared_gate;
-  args.progress = workspace.progress;
-  args.progress_words = static_cast<uint32_t>(progress_words);
-  args.shared = shape.num_shared;
-  return router::with_variant(routed, [&](auto variant, const router::Args& router) {
+  FrontArgs args = front_args(params, workspace, progress_words);
+  return router::with_variant(routed(params, workspace), [&](auto variant, const router::Args& router) {
     args.router = router;
     args.router.pitch = static_cast<uint32_t>(sizes.topk);
     constexpr uint32_t kWarps = router::Tile<decltype(variant)::kValues>::kWarps;

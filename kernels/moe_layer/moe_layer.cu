@@ -7,6 +7,9 @@
 // Reference: anabranch::reference::MoeLayer. Architecture: 8.0 and newer; on 9.0 the expert products are those of
 // experts/. Alignment: 16 bytes for what is bf16, 256 for the workspace.
 //
+// moe_block is the same from the residual stream on: rms_norm, router_logits and the layer, the gate in their place
+// where it takes the shape (gate_sm90.cu).
+//
 // This file only puts launches one after another. 8.0: router, extend (with shared experts), permute, grouped_gemm with
 // SwiGLU, grouped_gemm, combine. 9.0: the front (router and extend in one; both where tokens may be dropped), then the
 // experts alone with few tokens, else permute, experts, combine.
@@ -17,6 +20,7 @@
 #include "experts/experts.cuh"
 #include "moe_layer/extend.cuh"
 #include "moe_layer/launch_front.cuh"
+#include "moe_layer/launch_gate.cuh"
 #include "moe_layer/workspace.cuh"
 
 namespace anabranch::moe_layer {
@@ -90,6 +94,7 @@ struct Plan {
   uint64_t workspace_bytes;
   uint32_t blocks;
   bool fronts;  // one launch does all that comes before the permutation: nothing is dropped
+  bool gates;   // of a block, also what comes before that
 };
 
 // Words of progress: the counter of items has a line of its own, then token tiles, then 64 columns of the result each.
@@ -116,6 +121,7 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
     plan->blocks = static_cast<uint32_t>(device.multiprocessors);
     const uint64_t capacity = shape.routing.expert_capacity;
     plan->fronts = (capacity == 0 || capacity >= num_tokens) && shape.routing.adaptive != ANABRANCH_ADAPTIVE_COMPLEXITY;
+    plan->gates = plan->fronts && takes_gate(shape, num_tokens, device.shared_per_block);
   }
   ANABRANCH_TRY(permute_bytes_of(sizes, &plan->permute_bytes));
   Parts parts(nullptr);
@@ -147,6 +153,37 @@ AnabranchStatus check(const AnabranchMoeLayerParams& params, const Plan& plan) {
                        is_aligned(params.topk_weights, 4);
   if (!aligned) return ANABRANCH_STATUS_ALIGNMENT;
   return params.workspace_bytes < plan.workspace_bytes ? ANABRANCH_STATUS_WORKSPACE : ANABRANCH_STATUS_OK;
+}
+
+AnabranchStatus check(const AnabranchMoeBlockParams& params) {
+  if (!(params.norm_eps >= 0.0f)) return ANABRANCH_STATUS_SETTING;
+  if (params.num_tokens == 0) return ANABRANCH_STATUS_OK;
+  if (params.residual == nullptr || params.norm_weight == nullptr || params.gate == nullptr || params.x == nullptr ||
+      params.logits == nullptr) {
+    return ANABRANCH_STATUS_POINTER;
+  }
+  const bool aligned = is_aligned(params.residual, 16) && is_aligned(params.delta, 16) &&
+                       is_aligned(params.norm_weight, 16) && is_aligned(params.gate, 16) &&
+                       is_aligned(params.logits, 16);
+  return aligned ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_ALIGNMENT;
+}
+
+// The layer of a block.
+AnabranchMoeLayerParams layer_of(const AnabranchMoeBlockParams& block) {
+  AnabranchMoeLayerParams layer = {};
+  layer.shape = block.shape;
+  layer.num_tokens = block.num_tokens;
+  layer.x = block.x;
+  layer.logits = block.logits;
+  layer.selection_bias = block.selection_bias;
+  layer.gate_up = block.gate_up;
+  layer.down = block.down;
+  layer.topk_ids = block.topk_ids;
+  layer.topk_weights = block.topk_weights;
+  layer.out = block.out;
+  layer.workspace = block.workspace;
+  layer.workspace_bytes = block.workspace_bytes;
+  return layer;
 }
 
 // Routes, or takes the routing given; `workspace` points to what the permutation and the combine are to read.
@@ -269,17 +306,54 @@ AnabranchStatus experts_sm90(const AnabranchMoeLayerParams& params, const Sizes&
   args.num_tokens = static_cast<uint32_t>(sizes.tokens);
   args.num_rows = static_cast<uint32_t>(sizes.pairs());
   args.num_experts = static_cast<uint32_t>(sizes.experts);
+  args.num_shared = params.shape.num_shared;
   args.topk = static_cast<uint32_t>(sizes.topk);
   args.hidden = params.shape.hidden_size;
   args.intermediate = params.shape.intermediate_size;
   return experts::launch_sm90(plan.experts, args, params.gate_up, params.down, stream);
 }
 
-AnabranchStatus run(const AnabranchMoeLayerParams& params, const Plan& plan, cudaStream_t stream) {
+AnabranchStatus norm(const AnabranchMoeBlockParams& block, cudaStream_t stream) {
+  AnabranchRmsNormParams norm = {};
+  norm.num_tokens = block.num_tokens;
+  norm.num_heads = 1;
+  norm.width = block.shape.hidden_size;
+  norm.x = block.residual;
+  norm.x_stride = block.shape.hidden_size;
+  norm.delta = block.delta;
+  norm.weight = block.norm_weight;
+  norm.weight_dtype = ANABRANCH_DTYPE_F32;
+  norm.eps = block.norm_eps;
+  norm.out = block.x;
+  norm.out_stride = block.shape.hidden_size;
+  return anabranch_rms_norm(&norm, stream);
+}
+
+AnabranchStatus gate_product(const AnabranchMoeBlockParams& block, cudaStream_t stream) {
+  AnabranchRouterLogitsParams product = {};
+  product.num_tokens = block.num_tokens;
+  product.num_experts = block.shape.routing.num_experts;
+  product.hidden_size = block.shape.hidden_size;
+  product.x = block.x;
+  product.gate = block.gate;
+  product.logits = block.logits;
+  return anabranch_router_logits(&product, stream);
+}
+
+// The layer; of a block, with what comes before it.
+AnabranchStatus run(const AnabranchMoeLayerParams& params, const Plan& plan, const AnabranchMoeBlockParams* block,
+                    cudaStream_t stream) {
   const Sizes sizes = sizes_of(params.shape, params.num_tokens);
   Parts parts(params.workspace);
   Workspace workspace(sizes, plan.permute_bytes, plan.progress_words, parts);
-  if (plan.fronts) {
+  const bool gates = block != nullptr && plan.gates;
+  if (block != nullptr && !gates) {
+    ANABRANCH_TRY(norm(*block, stream));
+    ANABRANCH_TRY(gate_product(*block, stream));
+  }
+  if (gates) {
+    ANABRANCH_TRY(launch_gate(*block, params, sizes, workspace, plan.progress_words, stream));
+  } else if (plan.fronts) {
     ANABRANCH_TRY(launch_front(params, sizes, workspace, plan.progress_words, stream));
   } else {
     if (plan.arch == ANABRANCH_ARCH_SM90) {
@@ -324,5 +398,16 @@ extern "C" AnabranchStatus anabranch_moe_layer(const AnabranchMoeLayerParams* pa
   moe_layer::Plan plan = {};
   ANABRANCH_TRY(moe_layer::plan_of(params->shape, params->num_tokens, &plan));
   ANABRANCH_TRY(moe_layer::check(*params, plan));
-  return params->num_tokens == 0 ? ANABRANCH_STATUS_OK : moe_layer::run(*params, plan, stream);
+  return params->num_tokens == 0 ? ANABRANCH_STATUS_OK : moe_layer::run(*params, plan, nullptr, stream);
+}
+
+extern "C" AnabranchStatus anabranch_moe_block(const AnabranchMoeBlockParams* params, AnabranchStream stream) {
+  using namespace anabranch;
+  if (params == nullptr) return ANABRANCH_STATUS_POINTER;
+  moe_layer::Plan plan = {};
+  ANABRANCH_TRY(moe_layer::plan_of(params->shape, params->num_tokens, &plan));
+  ANABRANCH_TRY(moe_layer::check(*params));
+  const AnabranchMoeLayerParams layer = moe_layer::layer_of(*params);
+  ANABRANCH_TRY(moe_layer::check(layer, plan));
+  return params->num_tokens == 0 ? ANABRANCH_STATUS_OK : moe_layer::run(layer, plan, params, stream);
 }

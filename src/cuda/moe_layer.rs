@@ -1,5 +1,7 @@
 //! A whole MoE layer in one call: from router logits, or a routing made elsewhere, to the layer's output.
 
+mod block;
+
 use std::{env, fmt, str::FromStr};
 
 use half::bf16;
@@ -13,6 +15,8 @@ use super::{
     sys,
 };
 use crate::{Adaptive, Error, MAX_EXPERTS, MAX_TOPK, Result, Routing};
+
+pub use block::MoeBlock;
 
 const OPERATION: &str = "moe_layer";
 
@@ -381,10 +385,15 @@ impl MoeLayer {
         require(num_tokens <= most, "number of tokens", || format!("at most {most}, as planned"), num_tokens)
     }
 
-    fn check_call(&self, stream: &Stream, num_tokens: usize, input: &MoeInput<'_>, topk_wanted: bool) -> Result<()> {
-        if stream.device().context().ordinal() != self.device.context().ordinal() {
-            return Err(Error::Place { operation: OPERATION, argument: "the plan", place: "GPU" });
+    fn check_place(&self, stream: &Stream) -> Result<()> {
+        if stream.device().context().ordinal() == self.device.context().ordinal() {
+            return Ok(());
         }
+        Err(Error::Place { operation: OPERATION, argument: "the plan", place: "GPU" })
+    }
+
+    fn check_call(&self, stream: &Stream, num_tokens: usize, input: &MoeInput<'_>, topk_wanted: bool) -> Result<()> {
+        self.check_place(stream)?;
         self.check_tokens(num_tokens)?;
         let gate_in_vain = input.shared_gate.is_some() && self.shape.num_shared == 0;
         require(!gate_in_vain, "shared_gate", || "absent without shared experts".to_owned(), "given")?;

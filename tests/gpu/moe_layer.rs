@@ -1,5 +1,6 @@
 //! `moe_layer`: from logits or a given routing to the layer's output, on both paths.
 
+mod block;
 mod cases;
 
 use anabranch::{

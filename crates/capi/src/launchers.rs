@@ -133,6 +133,13 @@ launcher!(
     settings |params| routing(&params.shape.routing).map(drop)
 );
 
+launcher!(
+    anabranch_moe_block(AnabranchMoeBlockParams),
+    needs [residual: 16, norm_weight: 16, gate: 16, gate_up: 16, down: 16, x: 16, logits: 16, out: 16, workspace: 256],
+    may [delta: 16, selection_bias: 4, topk_ids: 4, topk_weights: 4],
+    settings |params| routing(&params.shape.routing).map(drop)
+);
+
 /// A query: host pointers that must be given, and what validates the settings, which need not be quick here.
 macro_rules! query {
     (

@@ -30,6 +30,14 @@ impl Norm {
         Ok(Self { weight: gpu.upload(Purpose::Weights, [weight.len()], &weight)?, eps: eps * share })
     }
 
+    pub(super) fn weight(&self) -> View<'_, f32> {
+        self.weight.view()
+    }
+
+    pub(super) fn eps(&self) -> f32 {
+        self.eps
+    }
+
     pub(super) fn run(&self, stream: &Stream, x: &View<'_, bf16>, out: &mut ViewMut<'_, bf16>) -> Result<()> {
         Ok(rms_norm_into(stream, x, &self.weight.view(), self.eps, out)?)
     }

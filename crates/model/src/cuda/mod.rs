@@ -164,8 +164,7 @@ impl Backend for Cuda {
         if cache.batch.tokens == 0 {
             return Ok(());
         }
-        cache.work.norm(&self.gpu, norm, cache.batch.tokens)?;
-        weights.run(&self.gpu, routing, cache)?;
+        weights.run(&self.gpu, norm, routing, cache)?;
         cache.work.added();
         Ok(())
     }

@@ -3,8 +3,8 @@
 use anabranch::{
     MAX_EXPERTS, MAX_TOPK, Routing,
     cuda::{
-        Arch, CombineInput, Epilogue, MoeBuffers, MoeInput, MoeLayer, MoeRouting, MoeShape, RouterLogitsInput, Stream,
-        Tensor, TopkBuffers, View, ViewMut, add_into, combine_into, router_logits_into,
+        Arch, CombineInput, Epilogue, MoeBlock, MoeBuffers, MoeInput, MoeLayer, MoeRouting, MoeShape,
+        RouterLogitsInput, Stream, Tensor, TopkBuffers, View, ViewMut, add_into, combine_into, router_logits_into,
     },
     reference::topk_weights,
 };
@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::{
     cache::CudaCache,
-    layers::Dense,
+    layers::{Dense, Norm},
     load::{Axis, pad},
     memory::{Buffer, Gpu, Purpose},
     workspace::Workspace,
@@ -100,15 +100,23 @@ impl CudaFeedForward {
         Ok(Self(kind))
     }
 
-    /// From `normed` to `delta`.
-    pub(super) fn run(&self, gpu: &Gpu, routing: &mut Routed<'_>, cache: &mut CudaCache) -> Result<()> {
+    /// From the residual stream to `delta`.
+    pub(super) fn run(&self, gpu: &Gpu, norm: &Norm, routing: &mut Routed<'_>, cache: &mut CudaCache) -> Result<()> {
         let (tokens, work) = (cache.batch.tokens, &mut cache.work);
         match &self.0 {
             Kind::Dense(dense) => {
+                work.norm(gpu, norm, tokens)?;
                 let Workspace { normed, a, delta, .. } = work;
                 dense.run(&gpu.stream, tokens, normed, a, delta)
             }
-            Kind::Moe(moe) => moe.run(gpu, tokens, routing, work),
+            // A gate of the shared experts, and a routing from elsewhere, come between the norm and the layer.
+            Kind::Moe(moe) if moe.shared_gate.is_none() && routing.given.is_none() => {
+                moe.run_block(gpu, norm, tokens, routing, work)
+            }
+            Kind::Moe(moe) => {
+                work.norm(gpu, norm, tokens)?;
+                moe.run(gpu, tokens, routing, work)
+            }
         }
     }
 }
@@ -177,6 +185,49 @@ impl Moe {
         Ok(Self { routing, gate, selection_bias, gate_up, down, apart, shared_gate })
     }
 
+    /// Norm, gate product and layer in one call.
+    fn run_block(
+        &self,
+        gpu: &Gpu,
+        norm: &Norm,
+        tokens: usize,
+        routed: &mut Routed<'_>,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let stream = &gpu.stream;
+        let (experts, topk) = (self.routing.num_experts(), self.routing.topk());
+        let Workspace { residual, pending, delta, next_delta, normed, a, b, scores, bytes, moe, .. } = work;
+        let shape = [tokens, self.gate.shape().sizes()[1]];
+        let mut taken =
+            if routed.wanted { Some((stream.zeros([tokens, topk])?, stream.zeros([tokens, topk])?)) } else { None };
+        let mut block = MoeBlock {
+            residual: residual.part_mut(0, shape)?,
+            delta: if *pending { Some(delta.part(0, shape)?) } else { None },
+            norm_weight: norm.weight(),
+            norm_eps: norm.eps(),
+            gate: self.gate.view(),
+            selection_bias: self.selection_bias.as_ref().map(|bias| bias.view()),
+            gate_up: self.gate_up.view(),
+            down: self.down.view(),
+            x: normed.part_mut(0, shape)?,
+            logits: scores.part_mut(0, [tokens, experts])?,
+            topk: taken.as_mut().map(topk_buffers),
+            out: next_delta.part_mut(0, shape)?,
+        };
+        planned(moe.as_ref())?.forward_block_into(stream, &mut block, &mut bytes.view_mut())?;
+        std::mem::swap(delta, next_delta);
+        if let Some(apart) = &self.apart {
+            apart.run(stream, tokens, normed, a, b)?;
+            add_into(stream, &mut delta.part_mut(0, shape)?, &b.part(0, shape)?)?;
+        }
+        if let Some((ids, _)) = taken {
+            let ids = TopkIds { ids: stream.download(&ids.view())?, topk };
+            routed.taken = Some((ids, stream.download(&scores.part(0, [tokens, experts])?)?));
+        }
+        Ok(())
+    }
+
+    /// From `normed` to `delta`, for what stands between the norm and the layer.
     fn run(&self, gpu: &Gpu, tokens: usize, routed: &mut Routed<'_>, work: &mut Workspace) -> Result<()> {
         let stream = &gpu.stream;
         let (experts, topk) = (self.routing.num_experts(), self.routing.topk());
@@ -212,13 +263,11 @@ impl Moe {
             gate_up: self.gate_up.view(),
             down: self.down.view(),
         };
-        let topk_buffers =
-            taken.as_mut().map(|(ids, weights)| TopkBuffers { ids: ids.view_mut(), weights: weights.view_mut() });
         // Where shared experts come apart and scaled, they are added to the routed ones at the end.
         let gated = self.apart.is_some() && self.shared_gate.is_some();
         let out = if gated { c.part_mut(0, shape)? } else { delta.part_mut(0, shape)? };
-        let layer = moe.as_ref().ok_or_else(|| Error::Input("a pass over no tokens has no plan".to_owned()))?;
-        layer.forward_into(stream, &input, &mut bytes.view_mut(), &mut MoeBuffers { out, topk: topk_buffers })?;
+        let mut buffers = MoeBuffers { out, topk: taken.as_mut().map(topk_buffers) };
+        planned(moe.as_ref())?.forward_into(stream, &input, &mut bytes.view_mut(), &mut buffers)?;
 
         if let Some(apart) = &self.apart {
             apart.run(stream, tokens, normed, a, b)?;
@@ -253,6 +302,14 @@ impl Moe {
         let shape = [given.ids.len() / given.topk.max(1), given.topk];
         Ok((stream.upload(shape, &given.ids)?, stream.upload(shape, &weights)?))
     }
+}
+
+fn planned(moe: Option<&MoeLayer>) -> Result<&MoeLayer> {
+    moe.ok_or_else(|| Error::Input("a pass over no tokens has no plan".to_owned()))
+}
+
+fn topk_buffers((ids, weights): &mut (Tensor<i32>, Tensor<f32>)) -> TopkBuffers<'_> {
+    TopkBuffers { ids: ids.view_mut(), weights: weights.view_mut() }
 }
 
 fn gate_product(stream: &Stream, x: View<'_, bf16>, gate: &Tensor<bf16>, logits: &mut ViewMut<'_, f32>) -> Result<()> {

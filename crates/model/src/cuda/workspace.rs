@@ -20,11 +20,13 @@ pub(super) struct Workspace {
     widths: Widths,
     experts: Option<Experts>,
     /// The residual stream x, without `delta` while that is pending.
-    residual: Buffer<bf16>,
+    pub(super) residual: Buffer<bf16>,
     /// What a step adds to the residual stream.
     pub(super) delta: Buffer<bf16>,
+    /// What a step that reads `delta` adds; then they change names.
+    pub(super) next_delta: Buffer<bf16>,
     /// Whether `delta` is still to be added, which the next norm does on its way.
-    pending: bool,
+    pub(super) pending: bool,
     /// What a step reads.
     pub(super) normed: Buffer<bf16>,
     /// Three for the use within a step; b and c are of one size where latent attention swaps them.
@@ -76,7 +78,7 @@ impl Widths {
 
     /// Bytes a token, but for what operations ask for.
     fn bytes(&self) -> usize {
-        2 * (3 * self.hidden + self.scratch.iter().sum::<usize>()) + 4 * (self.num_experts + 3)
+        2 * (4 * self.hidden + self.scratch.iter().sum::<usize>()) + 4 * (self.num_experts + 3)
     }
 }
 
@@ -92,6 +94,7 @@ impl Workspace {
             experts: moe::experts(config),
             residual: none(gpu)?,
             delta: none(gpu)?,
+            next_delta: none(gpu)?,
             pending: false,
             normed: none(gpu)?,
             a: none(gpu)?,
@@ -134,6 +137,7 @@ impl Workspace {
         let wide = [
             (&mut self.residual, hidden),
             (&mut self.delta, hidden),
+            (&mut self.next_delta, hidden),
             (&mut self.normed, hidden),
             (&mut self.a, a),
             (&mut self.b, b),
