@@ -467,6 +467,14 @@ typedef struct AnabranchLinearParams {
   const float* bias;
   // [T, n], on 4 bytes; overlaps nothing that is read.
   void* y;
+  // [d], on 16 bytes: what is multiplied is the RMS norm of x + delta, rounded to bf16 as the sum is before it. Null: x.
+  const float* norm_weight;
+  // Not negative.
+  float norm_eps;
+  // [T, d] bf16, on 16 bytes, or null; only with norm_weight.
+  const void* delta;
+  // [T, d] bf16, on 16 bytes, or null: x + delta is written there, which is not x; only with norm_weight.
+  void* sum;
 } AnabranchLinearParams;
 
 // Whether anabranch_linear takes so many tokens of this width on the current device. `takes` is a host pointer.

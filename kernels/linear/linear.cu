@@ -2,6 +2,8 @@
 //
 //   y[t] = x[t] W^T + b,   or   y[t] = silu(x[t] W_gate^T) * (x[t] W_up^T)
 //
+// where x may be the RMS norm of what is given, after an addition: x[t] = norm(x'[t] + delta[t]).
+//
 //   x [T, d] bf16, T at most 4, W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or null -> y [T, n]
 //   bf16 or float32. Sums in float32, in an order that depends on d alone; another than grouped_gemm's.
 //
@@ -12,10 +14,14 @@
 // second-level cache: weights may be written by that launch, for which this is no reading. Two blocks fit on a
 // multiprocessor, so that the next product's can do so while this one's are still there.
 //
+// Every block makes the norm for itself, while its first weights are on their way: a launch less before every product
+// that reads the residual stream. The sum is written by all blocks to another place than x, which they still read.
+//
 // Bounds. Bytes: 2 n d, twice that with SwiGLU; T = 1, n = d = 2,048: 8.4 MB, 1.8 us at 4.6 TB/s.
 
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
+#include "common/norm_tokens.cuh"
 #include "common/row_stream.cuh"
 #include "common/silu.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -41,6 +47,8 @@ struct Args {
   const uint4* weights;  // [n or 2 n, vectors]
   const float* bias;     // [n] or null
   void* y;               // [T, n]
+  NormTokens norm;       // of x; without a weight, x is multiplied as it is
+  uint4* sum;            // x + delta, or null
   uint32_t tokens;
   uint32_t vectors;  // of 8 elements, of a row
   uint32_t columns;  // n
@@ -108,11 +116,17 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 2 ? 2 : 1) multiply_rows(
                                               WeightRows<kSwiGlu>(args, share));
   rows.begin();
   uint4* const x = reinterpret_cast<uint4*>(shared + kRingBytes);
+  const uint32_t vectors = args.tokens * args.vectors;
+  const bool norms = args.norm.weight != nullptr;
   // Of tokens that there are not, zeros.
-  for (uint32_t i = threadIdx.x; i < kTokens * args.vectors; i += kThreads) {
-    x[i] = i < args.tokens * args.vectors ? args.x[i] : uint4{};
+  for (uint32_t i = threadIdx.x + (norms ? vectors : 0); i < kTokens * args.vectors; i += kThreads) {
+    x[i] = i < vectors ? args.x[i] : uint4{};
   }
-  __syncthreads();
+  if (norms) {
+    norm_tokens<kWarps>(args.norm, x, args.vectors);
+  } else {
+    __syncthreads();
+  }
   for (uint32_t column = threadIdx.x / kWarpSize; column < share.count; column += kWarps) {
     float sums[kTokens];
     rows.multiply(args.vectors, ring + kRingBytes, args.vectors * 16, sums);
@@ -130,6 +144,10 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 2 ? 2 : 1) multiply_rows(
     }
     store(args, share.first + column, sums);
   }
+  if (args.sum == nullptr) return;
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors; i += gridDim.x * kThreads) {
+    args.sum[i] = args.norm.delta == nullptr ? args.x[i] : sum_of(args.x[i], args.norm.delta[i]);
+  }
 }
 
 // The tokens that a kernel is made for.
@@ -137,8 +155,9 @@ uint32_t rounded(uint64_t tokens) {
   return tokens <= 1 ? 1 : tokens <= 2 ? 2 : 4;
 }
 
+// Rings, x, and the warps' parts of the norm.
 uint64_t shared_bytes(uint64_t tokens, uint64_t in_features) {
-  return kRingBytes + rounded(tokens) * in_features * 2;
+  return kRingBytes + rounded(tokens) * in_features * 2 + kWarps * sizeof(float);
 }
 
 AnabranchStatus check(const AnabranchLinearParams& params, uint64_t shared_limit) {
@@ -152,12 +171,16 @@ AnabranchStatus check(const AnabranchLinearParams& params, uint64_t shared_limit
       (params.y_dtype != ANABRANCH_DTYPE_BF16 && params.y_dtype != ANABRANCH_DTYPE_F32)) {
     return ANABRANCH_STATUS_UNSUPPORTED;
   }
-  if ((params.bias != nullptr && swiglu) ||
+  const bool norms = params.norm_weight != nullptr;
+  if (norms && !(params.norm_eps >= 0.0f)) return ANABRANCH_STATUS_SETTING;
+  if ((params.bias != nullptr && swiglu) || (!norms && (params.delta != nullptr || params.sum != nullptr)) ||
+      (params.sum != nullptr && params.sum == params.x) ||
       (params.num_tokens > 0 && (params.x == nullptr || params.weights == nullptr || params.y == nullptr))) {
     return ANABRANCH_STATUS_POINTER;
   }
   if (!is_aligned(params.x, 16) || !is_aligned(params.weights, 16) || !is_aligned(params.y, 4) ||
-      !is_aligned(params.bias, 4)) {
+      !is_aligned(params.bias, 4) || !is_aligned(params.norm_weight, 16) || !is_aligned(params.delta, 16) ||
+      !is_aligned(params.sum, 16)) {
     return ANABRANCH_STATUS_ALIGNMENT;
   }
   return ANABRANCH_STATUS_OK;
@@ -226,6 +249,14 @@ extern "C" AnabranchStatus anabranch_linear(const AnabranchLinearParams* params,
   args.weights = static_cast<const uint4*>(params->weights);
   args.bias = params->bias;
   args.y = params->y;
+  args.norm.x = args.x;
+  args.norm.delta = static_cast<const uint4*>(params->delta);
+  args.norm.weight = reinterpret_cast<const float4*>(params->norm_weight);
+  args.norm.tokens = static_cast<uint32_t>(params->num_tokens);
+  args.norm.vectors = params->in_features / kVector;
+  args.norm.width = static_cast<float>(params->in_features);
+  args.norm.eps = params->norm_eps;
+  args.sum = static_cast<uint4*>(params->sum);
   args.tokens = static_cast<uint32_t>(params->num_tokens);
   args.vectors = params->in_features / kVector;
   args.columns = params->out_features;

@@ -56,15 +56,18 @@ AnabranchStatus launch_gate(const AnabranchMoeBlockParams& block, const Anabranc
   GateArgs args = {};
   args.front = front_args(layer, workspace, progress_words);
   args.residual = static_cast<uint4*>(block.residual);
-  args.delta = static_cast<const uint4*>(block.delta);
-  args.norm = reinterpret_cast<const float4*>(block.norm_weight);
+  args.norm.x = args.residual;
+  args.norm.delta = static_cast<const uint4*>(block.delta);
+  args.norm.weight = reinterpret_cast<const float4*>(block.norm_weight);
+  args.norm.tokens = static_cast<uint32_t>(block.num_tokens);
+  args.norm.vectors = block.shape.hidden_size / kVector;
+  args.norm.width = static_cast<float>(block.shape.hidden_size);
+  args.norm.eps = block.norm_eps;
   args.gate = static_cast<const uint4*>(block.gate);
   args.x = static_cast<uint4*>(block.x);
   args.logits = block.logits;
   args.vectors = block.shape.hidden_size / kVector;
   args.experts_a_block = experts_a_block(block.shape.routing.num_experts);
-  args.width = static_cast<float>(block.shape.hidden_size);
-  args.eps = block.norm_eps;
   return router::with_variant(routed(layer, workspace), [&](auto variant, const router::Args& router) {
     args.front.router = router;
     args.front.router.pitch = static_cast<uint32_t>(sizes.topk);

@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
-#include "common/bf16.cuh"
+#include "common/norm_tokens.cuh"
 #include "common/warp.cuh"
 #include "moe_layer/front.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/prefetch.cuh"
@@ -25,22 +24,18 @@ constexpr uint32_t kHeld = 4;
 
 struct GateArgs {
   FrontArgs front;           // whose router reads the logits in shared memory
+  NormTokens norm;           // of residual and delta
   uint4* residual;           // [T, vectors]
-  const uint4* delta;        // as residual, or null
-  const float4* norm;        // [d]
   const uint4* gate;         // [E, vectors]
   uint4* x;                  // [T, vectors]
   float* logits;             // [T, E]
   uint32_t vectors;          // of a row: d / 8
   uint32_t experts_a_block;  // a multiple of 16
-  float width;               // d
-  float eps;
 };
 
 // A block's shared memory, in bytes from its start.
 struct GatePlaces {
   uint32_t pitch;   // vectors from a token's x to the next's: rows four vectors further do not share banks
-  uint32_t norm;    // [d] float32
   uint32_t logits;  // [T, E]
   uint32_t sums;    // [warps, tokens, experts of a tile and one]
   uint32_t router;  // what route_rows asks for
@@ -48,69 +43,12 @@ struct GatePlaces {
 
   __host__ __device__ GatePlaces(uint32_t tokens, uint32_t vectors, uint32_t experts, uint32_t router_words) {
     pitch = vectors + 4;
-    norm = tokens * pitch * 16;
-    logits = norm + vectors * kVector * 4;
+    logits = tokens * pitch * 16;
     sums = logits + (tokens * experts + 3) / 4 * 16;
     router = sums + kGateWarps * kGateTokens * (router::kLogitExperts + 1) * 4;
     bytes = router + router_words * 4;
   }
 };
-
-// Eight values plus eight, rounded to bf16.
-__device__ __forceinline__ uint4 sum_of(const uint4& left, const uint4& right) {
-  float a[kVector];
-  float b[kVector];
-  unpack(a, left);
-  unpack(b, right);
-#pragma unroll
-  for (uint32_t i = 0; i < kVector; ++i) a[i] += b[i];
-  return pack(a);
-}
-
-// residual + delta of every token, normed, to `x` in shared memory. As many warps as there are for each share a token.
-__device__ __forceinline__ void norm_tokens(const GateArgs& args, const GatePlaces& places, uint4* x,
-                                            const float* weight) {
-  __shared__ float partial[kGateWarps];
-  const uint32_t tokens = args.front.router.num_tokens;
-  const uint32_t warps = kGateWarps / (tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : 8);
-  const uint32_t warp = threadIdx.x / kWarpSize;
-  const uint32_t token = warp / warps;
-  const uint32_t member = threadIdx.x % (warps * kWarpSize);
-  uint4* const mine = x + token * places.pitch;
-  float sum = 0.0f;
-  if (token < tokens) {
-    const uint64_t row = uint64_t{token} * args.vectors;
-#pragma unroll 4
-    for (uint32_t at = member; at < args.vectors; at += warps * kWarpSize) {
-      uint4 value = args.residual[row + at];
-      if (args.delta != nullptr) value = sum_of(value, args.delta[row + at]);
-      mine[at] = value;
-      float a[kVector];
-      unpack(a, value);
-#pragma unroll
-      for (uint32_t i = 0; i < kVector; ++i) sum = fmaf(a[i], a[i], sum);
-    }
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarpSize == 0) partial[warp] = sum;
-  ptx::cp_async_wait<0>();
-  __syncthreads();
-  if (token < tokens) {
-    sum = 0.0f;
-    for (uint32_t i = 0; i < warps; ++i) sum += partial[token * warps + i];
-    const float scale = 1.0f / sqrtf(sum / args.width + args.eps);
-    for (uint32_t at = member; at < args.vectors; at += warps * kWarpSize) {
-      float a[kVector];
-      float w[kVector];
-      unpack(a, mine[at]);
-      load(w, reinterpret_cast<const float4*>(weight) + 2 * at);
-#pragma unroll
-      for (uint32_t i = 0; i < kVector; ++i) a[i] = a[i] * scale * w[i];
-      mine[at] = pack(a);
-    }
-  }
-  __syncthreads();
-}
 
 // What a lane holds of two gate rows, eight apart, in a chunk.
 struct GateChunk {
@@ -216,7 +154,7 @@ __device__ __forceinline__ void write_tokens(const GateArgs& args, const GatePla
   const uint32_t all = args.front.router.num_tokens * args.vectors;
   for (uint32_t i = share * kGateThreads + threadIdx.x; i < all; i += shares * kGateThreads) {
     const uint32_t token = i / args.vectors;
-    if (args.delta != nullptr) args.residual[i] = sum_of(args.residual[i], args.delta[i]);
+    if (args.norm.delta != nullptr) args.residual[i] = sum_of(args.residual[i], args.norm.delta[i]);
     args.x[i] = x[token * places.pitch + i - token * args.vectors];
   }
 }
@@ -228,7 +166,6 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_tokens(const __grid_cons
   const uint32_t tokens = args.front.router.num_tokens;
   const GatePlaces places(tokens, args.vectors, args.front.router.num_experts, 0);
   uint4* const x = reinterpret_cast<uint4*>(arena);
-  float* const weight = reinterpret_cast<float*>(arena + places.norm);
   float* const logits = reinterpret_cast<float*>(arena + places.logits);
   const uint32_t rank = ptx::cluster_rank();
 
@@ -238,16 +175,12 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_tokens(const __grid_cons
   GateProduct product(args);
   product.bring_ahead();
   ptx::wait_for_prerequisites();
-  for (uint32_t at = threadIdx.x; at < 2 * args.vectors; at += kGateThreads) {
-    ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(weight)) + at * 16, args.norm + at, true);
-  }
-  ptx::cp_async_commit();
   product.hold();
   const FrontArgs& front = args.front;
   for (uint32_t i = rank * kGateThreads + threadIdx.x; i < front.progress_words; i += gridDim.x * kGateThreads) {
     front.progress[i] = 0;
   }
-  norm_tokens(args, places, x, weight);
+  norm_tokens<kGateWarps>(args.norm, x, places.pitch);
   ptx::cluster_wait();
   const uint32_t mapped = ptx::map_shared(static_cast<uint32_t>(__cvta_generic_to_shared(logits)), 0);
   product.multiply(places, x, reinterpret_cast<float*>(arena + places.sums), mapped);

@@ -10,9 +10,10 @@ use super::{
     launch::{Launch, Pointer, launched},
     sys,
 };
-use crate::Result;
+use crate::{Error, Result};
 
 const OPERATION: &str = "linear";
+const NORM_OPERATION: &str = "norm_linear";
 
 /// From so many tokens on cuBLASLt is worth it: below, a product takes as long as its weights take to be read, whoever does it.
 pub const CUBLASLT_FROM_TOKENS: usize = 64;
@@ -72,7 +73,7 @@ fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: 
 /// two, in an order that depends on all three sizes and on the library's release.
 ///
 /// # Errors
-/// As [`grouped_gemm_into`](super::grouped_gemm_into); [`Error::Launch`](crate::Error::Launch) also with what cuBLASLt reports.
+/// As [`grouped_gemm_into`](super::grouped_gemm_into); [`Error::Launch`] also with what cuBLASLt reports.
 pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &mut ViewMut<'_, O>) -> Result<()> {
     let [num_tokens, inner, out] = input.sizes()?;
     let launch = Launch::begin(OPERATION, stream)?;
@@ -93,7 +94,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
             return launch.end(sys::AnabranchStatus::ANABRANCH_STATUS_OK);
         }
     }
-    if takes_few(input, num_tokens, inner)? {
+    if takes_few(input.epilogue, input.bias.is_some(), num_tokens, inner)? && input.tile == Tile::Auto {
         let params = sys::AnabranchLinearParams {
             num_tokens: num_tokens as u64,
             in_features: inner as u32,
@@ -104,6 +105,10 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
             weights: weight.pointer.cast(),
             bias: bias.pointer,
             y: y.pointer.cast(),
+            norm_weight: std::ptr::null(),
+            norm_eps: 0.0,
+            delta: std::ptr::null(),
+            sum: std::ptr::null_mut(),
         };
         // SAFETY: as below.
         return launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) });
@@ -130,14 +135,14 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
     launch.end(unsafe { sys::anabranch_grouped_gemm(&raw const params, launch.raw_stream()) })
 }
 
-/// Whether the kernel for few tokens is the one.
-fn takes_few(input: &LinearInput<'_>, num_tokens: usize, inner: usize) -> Result<bool> {
-    let known = match input.epilogue {
+/// Whether the kernel for few tokens does this. A device must be current.
+fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, inner: usize) -> Result<bool> {
+    let known = match epilogue {
         Epilogue::Linear => true,
-        Epilogue::SwiGlu => input.bias.is_none(),
+        Epilogue::SwiGlu => !bias,
         Epilogue::Relu | Epilogue::Gelu => false,
     };
-    if !known || input.tile != Tile::Auto {
+    if !known {
         return Ok(false);
     }
     let mut takes = 0;
@@ -147,10 +152,105 @@ fn takes_few(input: &LinearInput<'_>, num_tokens: usize, inner: usize) -> Result
     Ok(takes != 0)
 }
 
+/// What [`norm_linear_into`] reads.
+#[derive(Debug)]
+pub struct NormLinearInput<'a> {
+    /// `[T, in]`: the residual stream.
+    pub x: View<'a, bf16>,
+    /// `[T, in]`: what is added to it first.
+    pub delta: Option<View<'a, bf16>>,
+    /// `[in]`.
+    pub norm_weight: View<'a, f32>,
+    /// Of the norm.
+    pub norm_eps: f32,
+    /// As in [`LinearInput`].
+    pub weight: View<'a, bf16>,
+    /// As in [`LinearInput`].
+    pub bias: Option<View<'a, f32>>,
+    /// Done to every product.
+    pub epilogue: Epilogue,
+}
+
+/// Whether [`norm_linear_into`] takes so many tokens of width `inner`: up to 4, fewer where they are very wide, with the
+/// epilogue [`Epilogue::Linear`], or [`Epilogue::SwiGlu`] without a bias.
+///
+/// # Errors
+/// [`Error::Driver`] or [`Error::Launch`] if the GPU does not answer.
+pub fn norm_linear_takes(
+    stream: &Stream,
+    num_tokens: usize,
+    inner: usize,
+    epilogue: Epilogue,
+    bias: bool,
+) -> Result<bool> {
+    Launch::bind(NORM_OPERATION, stream.device())?;
+    takes_few(epilogue, bias, num_tokens, inner)
+}
+
+/// `y[T, out] = epilogue(norm(x + delta) W^T + b)` of a few tokens, and `sum = x + delta`, rounded to bf16: a block's residual
+/// addition, norm and first product in one launch, as [`add_rms_norm_into`](super::add_rms_norm_into) and [`linear_into`] do in
+/// two, up to the order of the norm's sum. One read of the weight; every multiprocessor makes the norm for itself meanwhile.
+///
+/// # Errors
+/// [`Error::Setting`] for what [`norm_linear_takes`] does not take; else those of [`linear_into`].
+pub fn norm_linear_into<O: GemmOutput>(
+    stream: &Stream,
+    input: &NormLinearInput<'_>,
+    sum: Option<&mut ViewMut<'_, bf16>>,
+    y: &mut ViewMut<'_, O>,
+) -> Result<()> {
+    let [num_tokens, inner] = matrix(NORM_OPERATION, "x", &input.x)?;
+    let [rows, _] = matrix(NORM_OPERATION, "weight", &input.weight)?;
+    check_width(NORM_OPERATION, "in features", inner)?;
+    let out = columns(NORM_OPERATION, input.epilogue, rows)?;
+    let launch = Launch::begin(NORM_OPERATION, stream)?;
+    if !takes_few(input.epilogue, input.bias.is_some(), num_tokens, inner)? {
+        return Err(Error::Setting {
+            operation: NORM_OPERATION,
+            setting: "number of tokens, epilogue and bias",
+            expected: "what norm_linear_takes: rms_norm and linear do the same for any".to_owned(),
+            got: format!("{num_tokens} tokens of {inner}, {:?}", input.epilogue),
+        });
+    }
+    let x = launch.read("x", &input.x, [num_tokens, inner])?;
+    let delta = match &input.delta {
+        Some(delta) => launch.read("delta", delta, [num_tokens, inner])?,
+        None => Pointer::null(),
+    };
+    let norm_weight = launch.read("norm_weight", &input.norm_weight, [inner])?;
+    let weight = launch.read("weight", &input.weight, [rows, inner])?;
+    let bias = match &input.bias {
+        Some(bias) => launch.read("bias", bias, [rows])?,
+        None => Pointer::null(),
+    };
+    let sum = match sum {
+        Some(sum) => launch.write("sum", sum, [num_tokens, inner])?,
+        None => Pointer::null(),
+    };
+    let y = launch.write("y", y, [num_tokens, out])?;
+    let params = sys::AnabranchLinearParams {
+        num_tokens: num_tokens as u64,
+        in_features: inner as u32,
+        out_features: out as u32,
+        epilogue: epilogue(input.epilogue),
+        y_dtype: O::DTYPE,
+        x: x.pointer.cast(),
+        weights: weight.pointer.cast(),
+        bias: bias.pointer,
+        y: y.pointer.cast(),
+        norm_weight: norm_weight.pointer,
+        norm_eps: input.norm_eps,
+        delta: delta.pointer.cast(),
+        sum: sum.pointer.cast(),
+    };
+    // SAFETY: as in `linear_into`; the sum is borrowed mutably, and so is elsewhere than x.
+    launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) })
+}
+
 /// [`linear_into`] new memory.
 ///
 /// # Errors
-/// Those of [`linear_into`], and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// Those of [`linear_into`], and [`Error::OutOfMemory`].
 pub fn linear<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>) -> Result<Tensor<O>> {
     let [num_tokens, _, out] = input.sizes()?;
     let shape = [num_tokens, out].into();

@@ -40,7 +40,9 @@ pub use cudarc;
 pub use device::Device;
 pub use graph::{Graph, Recording};
 pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};
-pub use linear::{CUBLASLT_FROM_TOKENS, LinearInput, linear, linear_into};
+pub use linear::{
+    CUBLASLT_FROM_TOKENS, LinearInput, NormLinearInput, linear, linear_into, norm_linear_into, norm_linear_takes,
+};
 pub use moe_layer::{Arch, MoeBlock, MoeBuffers, MoeInput, MoeLayer, MoePlan, MoeRouting, MoeShape, TopkBuffers};
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,

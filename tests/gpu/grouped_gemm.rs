@@ -3,6 +3,7 @@
 mod cases;
 mod cublaslt;
 mod dense;
+mod norm_linear;
 
 use anabranch::{
     Error,

@@ -118,7 +118,11 @@ launcher!(
     needs [x: 16, weights: 16, y: 16],
     may [bias: 8, expert_offsets: 4, row_slots: 4]
 );
-launcher!(anabranch_linear(AnabranchLinearParams), needs [x: 16, weights: 16, y: 4], may [bias: 4]);
+launcher!(
+    anabranch_linear(AnabranchLinearParams),
+    needs [x: 16, weights: 16, y: 4],
+    may [bias: 4, norm_weight: 16, delta: 16, sum: 16]
+);
 launcher!(
     anabranch_attention(AnabranchAttentionParams),
     needs [q: 16, keys: 16, values: 16, q_offsets: 4, kv_lengths: 4, block_table: 4, table_starts: 4, out: 16],

@@ -156,16 +156,16 @@ impl CudaAttention {
         Ok(Self { kind, output: Dense::load(gpu, o, d, heads)? })
     }
 
-    /// From `normed` to `delta`.
-    pub(super) fn run(&self, gpu: &Gpu, layer: usize, cache: &mut CudaCache) -> Result<()> {
+    /// From the residual stream to `delta`.
+    pub(super) fn run(&self, gpu: &Gpu, norm: &Norm, layer: usize, cache: &mut CudaCache) -> Result<()> {
         let CudaCache { layers, rope, batch, work, .. } = cache;
-        let step = Step { gpu, batch, rope, layer: &mut layers[layer] };
+        let step = Step { gpu, norm, batch, rope, layer: &mut layers[layer] };
         match &self.kind {
             Kind::Grouped(grouped) => grouped.run(step, work)?,
             Kind::Latent(latent) => latent.run(step, work)?,
         }
         let tokens = batch.tokens;
-        let out = &mut work.delta.part_mut(0, [tokens, self.output.out()])?;
+        let out = &mut work.residual.delta.part_mut(0, [tokens, self.output.out()])?;
         self.output.run(&gpu.stream, work.c.part(0, [tokens, self.output.inner()])?, out)
     }
 }
@@ -173,6 +173,8 @@ impl CudaAttention {
 /// What a layer's attention runs on.
 struct Step<'a> {
     gpu: &'a Gpu,
+    /// Of the residual stream.
+    norm: &'a Norm,
     batch: &'a DeviceBatch,
     rope: &'a anabranch::cuda::RopeTable,
     layer: &'a mut LayerCache,
@@ -208,9 +210,9 @@ impl Grouped {
         Ok((Self { shape, qkv, norms, clip: clip_qkv }, heads))
     }
 
-    /// From `normed` to the heads' output in `c`.
+    /// From the residual stream to the heads' output in `c`.
     fn run(&self, step: Step<'_>, work: &mut Workspace) -> Result<()> {
-        let Step { gpu, batch, rope, layer } = step;
+        let Step { gpu, norm, batch, rope, layer } = step;
         let (stream, tokens) = (&gpu.stream, batch.tokens);
         let AttentionShape { num_heads, num_kv_heads, key_dim: head_dim, .. } = self.shape;
         let (width, kv_width) = (num_heads * head_dim, 2 * num_kv_heads * head_dim);
@@ -218,11 +220,14 @@ impl Grouped {
         let keys = HeadRange { column: 0, num_heads: num_kv_heads, head_dim };
         let values = HeadRange { column: keys.width(), ..keys };
 
-        let x = || work.normed.part(0, [tokens, self.qkv.inner()]);
         let (mut q, mut kv) = if tokens == 1 {
-            self.qkv.run(stream, x()?, &mut work.a.part_mut(0, [1, width + kv_width])?)?;
-            work.a.parts_mut([1, width], [1, kv_width])?
+            let Workspace { residual, normed, a, .. } = &mut *work;
+            let qkv = &mut a.part_mut(0, [1, width + kv_width])?;
+            residual.norm_product(stream, norm, &self.qkv, normed, tokens, qkv)?;
+            a.parts_mut([1, width], [1, kv_width])?
         } else {
+            work.norm(gpu, norm, tokens)?;
+            let x = || work.normed.part(0, [tokens, self.qkv.inner()]);
             let (mut q, mut kv) = (work.a.part_mut(0, [tokens, width])?, work.b.part_mut(0, [tokens, kv_width])?);
             self.qkv.run_columns(stream, x()?, 0..width, &mut q)?;
             self.qkv.run_columns(stream, x()?, width..width + kv_width, &mut kv)?;
@@ -317,12 +322,13 @@ impl Latent {
         Ok((latent, Axis::heads(num_heads, v_head_dim)))
     }
 
-    /// From `normed` to the heads' output in `c`.
+    /// From the residual stream to the heads' output in `c`.
     fn run(&self, step: Step<'_>, work: &mut Workspace) -> Result<()> {
-        let Step { gpu, batch, rope, layer } = step;
+        let Step { gpu, norm, batch, rope, layer } = step;
         let (stream, tokens) = (&gpu.stream, batch.tokens);
         let AttentionShape { num_heads, key_dim, value_dim: latent, .. } = self.shape;
         let order = batch.heads.as_ref().ok_or_else(mismatch)?;
+        work.norm(gpu, norm, tokens)?;
         // Each step reads what is in c and writes b; then they change names.
         let Workspace { normed, a, b, c, bytes, .. } = work;
 

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use anabranch::cuda::{
-    Epilogue, GemmOutput, HeadRange, LinearInput, Stream, Tile, View, ViewMut, add_rms_norm_into, linear_into,
-    rms_norm_heads_into, rms_norm_into,
+    Epilogue, GemmOutput, HeadRange, LinearInput, NormLinearInput, Stream, Tile, View, ViewMut, add_rms_norm_into,
+    linear_into, norm_linear_into, norm_linear_takes, rms_norm_heads_into, rms_norm_into,
 };
 use half::bf16;
 
@@ -115,6 +115,33 @@ impl Dense {
         let bias = self.bias.as_ref().map(|bias| bias.view());
         let input = LinearInput { x, weight: self.weight.view(), bias, epilogue: self.epilogue, tile: Tile::Auto };
         Ok(linear_into(stream, &input, out)?)
+    }
+
+    /// Whether [`Dense::run_normed`] takes so many tokens.
+    pub(super) fn takes_norm(&self, stream: &Stream, tokens: usize) -> Result<bool> {
+        Ok(norm_linear_takes(stream, tokens, self.inner(), self.epilogue, self.bias.is_some())?)
+    }
+
+    /// [`Dense::run`] on `norm(x)`, or with an addition on `norm(x + delta)`, whose sum goes to where that says.
+    pub(super) fn run_normed<O: GemmOutput>(
+        &self,
+        stream: &Stream,
+        norm: &Norm,
+        x: View<'_, bf16>,
+        addition: Option<(View<'_, bf16>, &mut ViewMut<'_, bf16>)>,
+        out: &mut ViewMut<'_, O>,
+    ) -> Result<()> {
+        let (delta, sum) = addition.unzip();
+        let input = NormLinearInput {
+            x,
+            delta,
+            norm_weight: norm.weight(),
+            norm_eps: norm.eps(),
+            weight: self.weight.view(),
+            bias: self.bias.as_ref().map(|bias| bias.view()),
+            epilogue: self.epilogue,
+        };
+        Ok(norm_linear_into(stream, &input, sum, out)?)
     }
 
     /// [`Dense::run`] with some of the weight's rows: these columns of the result, which has no others.

@@ -28,6 +28,7 @@ use self::{
     layers::Dense,
     load::{Axis, pad},
     memory::{Gpu, explain},
+    workspace::Workspace,
 };
 use crate::{
     Backend, Batch, Config, Error, Result,
@@ -132,7 +133,7 @@ impl Backend for Cuda {
             cache.begin(&self.gpu, batch)?;
         }
         let CudaCache { batch, work, .. } = cache;
-        let x = &mut work.begin().part_mut(0, [batch.tokens, pad(config.hidden_size)])?;
+        let x = &mut work.residual.begin().part_mut(0, [batch.tokens, pad(config.hidden_size)])?;
         Ok(embedding_into(&self.gpu.stream, &table.0.weight(), &batch.ids()?, x)?)
     }
 
@@ -147,9 +148,8 @@ impl Backend for Cuda {
         if cache.batch.tokens == 0 {
             return Ok(());
         }
-        cache.work.norm(&self.gpu, norm, cache.batch.tokens)?;
-        weights.run(&self.gpu, layer, cache)?;
-        cache.work.added();
+        weights.run(&self.gpu, norm, layer, cache)?;
+        cache.work.residual.added();
         Ok(())
     }
 
@@ -165,7 +165,7 @@ impl Backend for Cuda {
             return Ok(());
         }
         weights.run(&self.gpu, norm, routing, cache)?;
-        cache.work.added();
+        cache.work.residual.added();
         Ok(())
     }
 
@@ -254,7 +254,6 @@ impl Cuda {
         let CudaCache { graphs, batch, work, .. } = cache;
         let (gpu, stream) = (&self.gpu, &self.gpu.stream);
         let (width, vocab, count) = (pad(config.hidden_size), head.0.out(), rows.len());
-        work.norm(gpu, norm, batch.tokens)?;
         let rows = row_numbers(rows, batch.tokens)?;
         let bytes = argmax_workspace(count, vocab)?;
         gpu.reserve(&mut work.logits, count * vocab)?;
@@ -262,17 +261,21 @@ impl Cuda {
         gpu.reserve(&mut work.bytes, bytes)?;
         // Decode steps want every row.
         let all = count == batch.tokens && rows.iter().enumerate().all(|(index, row)| index == *row as usize);
-        if !all {
+        let shape = [count, vocab];
+        if all {
+            let Workspace { residual, normed, logits, .. } = &mut *work;
+            residual.norm_product(stream, norm, &head.0, normed, count, &mut logits.part_mut(0, shape)?)?;
+        } else {
+            work.norm(gpu, norm, batch.tokens)?;
             gpu.reserve(&mut work.rows, count)?;
             gpu.reserve(&mut work.picked, count * width)?;
             stream.upload_into(&rows, &mut work.rows.part_mut(0, [count])?)?;
             let x = work.normed.part(0, [batch.tokens, width])?;
             let picked = &mut work.picked.part_mut(0, [count, width])?;
             embedding_into(stream, &x, &work.rows.part(0, [count])?, picked)?;
+            head.0.run(stream, work.picked.part(0, [count, width])?, &mut work.logits.part_mut(0, shape)?)?;
         }
-        let x = if all { &work.normed } else { &work.picked };
-        head.0.run(stream, x.part(0, [count, width])?, &mut work.logits.part_mut(0, [count, vocab])?)?;
-        let (logits, tokens) = (work.logits.part(0, [count, vocab])?, &mut work.tokens.part_mut(0, [count])?);
+        let (logits, tokens) = (work.logits.part(0, shape)?, &mut work.tokens.part_mut(0, [count])?);
         // Whether logits or tokens are asked for, a recorded step serves both.
         argmax_into(stream, &logits, &mut work.bytes.view_mut(), tokens)?;
         graphs.finish()

@@ -15,7 +15,7 @@ use super::{
     layers::{Dense, Norm},
     load::{Axis, pad},
     memory::{Buffer, Gpu, Purpose},
-    workspace::Workspace,
+    workspace::{Residual, Workspace},
 };
 use crate::{
     Config, Error, Result,
@@ -105,9 +105,11 @@ impl CudaFeedForward {
         let (tokens, work) = (cache.batch.tokens, &mut cache.work);
         match &self.0 {
             Kind::Dense(dense) => {
-                work.norm(gpu, norm, tokens)?;
-                let Workspace { normed, a, delta, .. } = work;
-                dense.run(&gpu.stream, tokens, normed, a, delta)
+                let Workspace { residual, normed, a, .. } = work;
+                let (d, n) = (dense.down.out(), dense.gate_up.out());
+                let h = &mut a.part_mut(0, [tokens, n])?;
+                residual.norm_product(&gpu.stream, norm, &dense.gate_up, normed, tokens, h)?;
+                dense.down.run(&gpu.stream, a.part(0, [tokens, n])?, &mut residual.delta.part_mut(0, [tokens, d])?)
             }
             // A gate of the shared experts, and a routing from elsewhere, come between the norm and the layer.
             Kind::Moe(moe) if moe.shared_gate.is_none() && routing.given.is_none() => {
@@ -196,12 +198,13 @@ impl Moe {
     ) -> Result<()> {
         let stream = &gpu.stream;
         let (experts, topk) = (self.routing.num_experts(), self.routing.topk());
-        let Workspace { residual, pending, delta, next_delta, normed, a, b, scores, bytes, moe, .. } = work;
+        let Workspace { residual, normed, a, b, scores, bytes, moe, .. } = work;
+        let Residual { x, delta, next_delta, pending, .. } = residual;
         let shape = [tokens, self.gate.shape().sizes()[1]];
         let mut taken =
             if routed.wanted { Some((stream.zeros([tokens, topk])?, stream.zeros([tokens, topk])?)) } else { None };
         let mut block = MoeBlock {
-            residual: residual.part_mut(0, shape)?,
+            residual: x.part_mut(0, shape)?,
             delta: if *pending { Some(delta.part(0, shape)?) } else { None },
             norm_weight: norm.weight(),
             norm_eps: norm.eps(),
@@ -231,7 +234,8 @@ impl Moe {
     fn run(&self, gpu: &Gpu, tokens: usize, routed: &mut Routed<'_>, work: &mut Workspace) -> Result<()> {
         let stream = &gpu.stream;
         let (experts, topk) = (self.routing.num_experts(), self.routing.topk());
-        let Workspace { normed, a, b, c, delta, scores, gates, order, ones, bytes, moe, .. } = work;
+        let Workspace { residual, normed, a, b, c, scores, gates, order, ones, bytes, moe, .. } = work;
+        let delta = &mut residual.delta;
         let shape = [tokens, self.gate.shape().sizes()[1]];
         let x = || normed.part(0, shape);
 

@@ -1,11 +1,11 @@
 //! The buffers of a pass: asked for by size when a batch is larger than any before, and the same from then on.
 
-use anabranch::cuda::{MoeLayer, View};
+use anabranch::cuda::{GemmOutput, MoeLayer, Stream, View, ViewMut, add_into};
 use half::bf16;
 
 use super::{
     attention,
-    layers::Norm,
+    layers::{Dense, Norm},
     load::pad,
     memory::{Buffer, Gpu, Purpose, explain},
     moe::{self, Experts},
@@ -19,14 +19,7 @@ pub(super) struct Workspace {
     capacity: usize,
     widths: Widths,
     experts: Option<Experts>,
-    /// The residual stream x, without `delta` while that is pending.
-    pub(super) residual: Buffer<bf16>,
-    /// What a step adds to the residual stream.
-    pub(super) delta: Buffer<bf16>,
-    /// What a step that reads `delta` adds; then they change names.
-    pub(super) next_delta: Buffer<bf16>,
-    /// Whether `delta` is still to be added, which the next norm does on its way.
-    pub(super) pending: bool,
+    pub(super) residual: Residual,
     /// What a step reads.
     pub(super) normed: Buffer<bf16>,
     /// Three for the use within a step; b and c are of one size where latent attention swaps them.
@@ -78,7 +71,7 @@ impl Widths {
 
     /// Bytes a token, but for what operations ask for.
     fn bytes(&self) -> usize {
-        2 * (4 * self.hidden + self.scratch.iter().sum::<usize>()) + 4 * (self.num_experts + 3)
+        2 * (5 * self.hidden + self.scratch.iter().sum::<usize>()) + 4 * (self.num_experts + 3)
     }
 }
 
@@ -92,10 +85,13 @@ impl Workspace {
             capacity: 0,
             widths: Widths::of(config)?,
             experts: moe::experts(config),
-            residual: none(gpu)?,
-            delta: none(gpu)?,
-            next_delta: none(gpu)?,
-            pending: false,
+            residual: Residual {
+                x: none(gpu)?,
+                next_x: none(gpu)?,
+                delta: none(gpu)?,
+                next_delta: none(gpu)?,
+                pending: false,
+            },
             normed: none(gpu)?,
             a: none(gpu)?,
             b: none(gpu)?,
@@ -135,9 +131,10 @@ impl Workspace {
     fn grow(&mut self, gpu: &Gpu, tokens: usize) -> Result<()> {
         let Widths { hidden, scratch: [a, b, c], num_experts } = self.widths;
         let wide = [
-            (&mut self.residual, hidden),
-            (&mut self.delta, hidden),
-            (&mut self.next_delta, hidden),
+            (&mut self.residual.x, hidden),
+            (&mut self.residual.next_x, hidden),
+            (&mut self.residual.delta, hidden),
+            (&mut self.residual.next_delta, hidden),
             (&mut self.normed, hidden),
             (&mut self.a, a),
             (&mut self.b, b),
@@ -161,10 +158,37 @@ impl Workspace {
         Ok(())
     }
 
-    /// The residual stream, for who writes all of it.
+    /// `norm(x)` to `normed`, where x is the residual stream with what was still to be added.
+    pub(super) fn norm(&mut self, gpu: &Gpu, norm: &Norm, tokens: usize) -> Result<()> {
+        let shape = [tokens, self.widths.hidden];
+        self.residual.norm(&gpu.stream, norm, shape, &mut self.normed.part_mut(0, shape)?)
+    }
+
+    /// The residual stream, with what was still to be added.
+    pub(super) fn residual(&mut self, gpu: &Gpu, tokens: usize) -> Result<View<'_, bf16>> {
+        self.residual.whole(&gpu.stream, [tokens, self.widths.hidden])
+    }
+}
+
+/// The residual stream, and what steps add to it. A step that reads one of the buffers and writes its successor writes to
+/// the other of the kind; then they change names.
+#[derive(Debug)]
+pub(super) struct Residual {
+    /// Without `delta` while that is pending.
+    pub(super) x: Buffer<bf16>,
+    next_x: Buffer<bf16>,
+    /// What the last step adds.
+    pub(super) delta: Buffer<bf16>,
+    pub(super) next_delta: Buffer<bf16>,
+    /// Whether `delta` is still to be added, which the next norm does on its way.
+    pub(super) pending: bool,
+}
+
+impl Residual {
+    /// The stream, for who writes all of it.
     pub(super) fn begin(&mut self) -> &mut Buffer<bf16> {
         self.pending = false;
-        &mut self.residual
+        &mut self.x
     }
 
     /// `delta` is complete.
@@ -172,28 +196,48 @@ impl Workspace {
         self.pending = true;
     }
 
-    /// `norm(x)` to `normed`, where x is the residual stream with what was still to be added.
-    pub(super) fn norm(&mut self, gpu: &Gpu, norm: &Norm, tokens: usize) -> Result<()> {
-        let shape = [tokens, self.widths.hidden];
-        let out = &mut self.normed.part_mut(0, shape)?;
+    fn norm(&mut self, stream: &Stream, norm: &Norm, shape: [usize; 2], out: &mut ViewMut<'_, bf16>) -> Result<()> {
         if self.pending {
-            let (x, delta) = (&mut self.residual.part_mut(0, shape)?, &self.delta.part(0, shape)?);
-            norm.add_and_run(&gpu.stream, x, delta, out)?;
+            norm.add_and_run(stream, &mut self.x.part_mut(0, shape)?, &self.delta.part(0, shape)?, out)?;
         } else {
-            norm.run(&gpu.stream, &self.residual.part(0, shape)?, out)?;
+            norm.run(stream, &self.x.part(0, shape)?, out)?;
         }
         self.pending = false;
         Ok(())
     }
 
-    /// The residual stream, with what was still to be added.
-    pub(super) fn residual(&mut self, gpu: &Gpu, tokens: usize) -> Result<View<'_, bf16>> {
-        let shape = [tokens, self.widths.hidden];
+    /// `dense(norm(x))`, in one launch where there is one for so few tokens, else by way of `normed`.
+    pub(super) fn norm_product<O: GemmOutput>(
+        &mut self,
+        stream: &Stream,
+        norm: &Norm,
+        dense: &Dense,
+        normed: &mut Buffer<bf16>,
+        tokens: usize,
+        out: &mut ViewMut<'_, O>,
+    ) -> Result<()> {
+        let shape = [tokens, dense.inner()];
+        if !dense.takes_norm(stream, tokens)? {
+            self.norm(stream, norm, shape, &mut normed.part_mut(0, shape)?)?;
+            return dense.run(stream, normed.part(0, shape)?, out);
+        }
+        let x = self.x.part(0, shape)?;
+        if !self.pending {
+            return dense.run_normed(stream, norm, x, None, out);
+        }
+        let addition = (self.delta.part(0, shape)?, &mut self.next_x.part_mut(0, shape)?);
+        dense.run_normed(stream, norm, x, Some(addition), out)?;
+        std::mem::swap(&mut self.x, &mut self.next_x);
+        self.pending = false;
+        Ok(())
+    }
+
+    /// The stream with nothing left to be added.
+    fn whole(&mut self, stream: &Stream, shape: [usize; 2]) -> Result<View<'_, bf16>> {
         if self.pending {
-            let delta = &self.delta.part(0, shape)?;
-            anabranch::cuda::add_into(&gpu.stream, &mut self.residual.part_mut(0, shape)?, delta)?;
+            add_into(stream, &mut self.x.part_mut(0, shape)?, &self.delta.part(0, shape)?)?;
             self.pending = false;
         }
-        Ok(self.residual.part(0, shape)?)
+        Ok(self.x.part(0, shape)?)
     }
 }
