@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Those between which the choice falls, and prefill.
-const TOKENS: [usize; 8] = [8, 16, 32, 64, 128, 512, 4096, 16_384];
+const TOKENS: [usize; 10] = [1, 4, 8, 16, 32, 64, 128, 512, 4096, 16_384];
 /// From here on the products bound the time.
 const MANY: usize = 512;
 

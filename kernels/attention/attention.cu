@@ -13,7 +13,8 @@
 // 8; lengths are ragged: copies are predicated by 16 bytes, and what lies past a length is never read.
 //
 // Many queries: prefill.cuh, a block of 4 warps takes 128 queries of one head. Few: decode.cuh, a block of 4 or 8 warps
-// takes up to 16 or 64 rows (queries times heads of a group) and a part of the keys; then merge.cuh, a block a row.
+// takes up to 16 or 64 rows (queries times heads of a group) and a part of the keys; then merge.cuh, a block every 128
+// elements of a row.
 // Which one is decided in plan.cuh from sizes that the host knows; the device's lengths decide inside. The same call
 // gives the same bits; other bounds, or another number of sequences, may cut the keys differently and round
 // differently.
@@ -166,7 +167,7 @@ Args args_of(const AnabranchAttentionParams& params, const Plan& plan) {
 
 AnabranchStatus launch_merge(const Args& args, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = args.num_tokens * args.num_heads;
+  config.gridDim = dim3(args.num_tokens * args.num_heads, (args.value_dim - 1) / kMergeColumns + 1);
   config.blockDim = kMergeThreads;
   config.stream = stream;
   return launch_overlapping(merge, config, args);

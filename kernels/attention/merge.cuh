@@ -9,10 +9,12 @@
 
 namespace anabranch::attention {
 
-constexpr uint32_t kMergeThreads = 128;
+constexpr uint32_t kMergeThreads = 256;
+// Elements of a row that a block takes: four a lane.
+constexpr uint32_t kMergeColumns = 4 * kWarpSize;
 
-// A block takes a row of out; warp w its splits w, w + 4, w + 8, ..., lane l the elements 4 l to 4 l + 3 of every 128.
-// What the warps found is added in the order of the warps.
+// Grid: x rows of out, y every kMergeColumns of their elements. Warp w takes the splits w, w + 8, w + 16, ...; what the
+// warps found is added in their order. With few rows it is the blocks and loads under way that bound the time.
 __global__ void __launch_bounds__(kMergeThreads) merge(const __grid_constant__ Args args) {
   ptx::launch_dependents();
   ptx::wait_for_prerequisites();
@@ -47,33 +49,29 @@ __global__ void __launch_bounds__(kMergeThreads) merge(const __grid_constant__ A
   __syncthreads();
 
   const uint32_t columns = args.value_dim / 4;
-  for (uint32_t first = 0; first < columns; first += kWarpSize) {
-    const uint32_t column = first + lane;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (column < columns) {
-      const float4* sums = reinterpret_cast<const float4*>(args.partial_sums) + column;
+  const uint32_t column = blockIdx.y * kWarpSize + lane;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (column < columns) {
+    const float4* sums = reinterpret_cast<const float4*>(args.partial_sums) + column;
 #pragma unroll 8
-      for (uint32_t split = warp; split < args.splits; split += kWarps) {
-        const float weight = weights[split];
-        // Where a weight is NaN the total is, too.
-        if (!(weight > 0.0f)) continue;
-        const float4 part = sums[(split * rows + row) * columns];
-        sum.x += weight * part.x, sum.y += weight * part.y, sum.z += weight * part.z, sum.w += weight * part.w;
-      }
+    for (uint32_t split = warp; split < args.splits; split += kWarps) {
+      const float weight = weights[split];
+      // Where a weight is NaN the total is, too.
+      if (!(weight > 0.0f)) continue;
+      const float4 part = sums[(split * rows + row) * columns];
+      sum.x += weight * part.x, sum.y += weight * part.y, sum.z += weight * part.z, sum.w += weight * part.w;
     }
-    found[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column < columns) {
-#pragma unroll
-      for (uint32_t i = 1; i < kWarps; ++i) {
-        const float4 part = found[i][lane];
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-      reinterpret_cast<uint2*>(args.out)[static_cast<uint64_t>(row) * columns + column] = make_uint2(
-          ptx::cvt_bf16x2(sum.x * inverse, sum.y * inverse), ptx::cvt_bf16x2(sum.z * inverse, sum.w * inverse));
-    }
-    __syncthreads();
   }
+  found[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= columns) return;
+#pragma unroll
+  for (uint32_t i = 1; i < kWarps; ++i) {
+    const float4 part = found[i][lane];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  reinterpret_cast<uint2*>(args.out)[static_cast<uint64_t>(row) * columns + column] =
+      make_uint2(ptx::cvt_bf16x2(sum.x * inverse, sum.y * inverse), ptx::cvt_bf16x2(sum.z * inverse, sum.w * inverse));
 }
 
 }  // namespace anabranch::attention
