@@ -7,6 +7,7 @@
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace anabranch::block {
 
@@ -205,10 +206,15 @@ __device__ __forceinline__ void rotate_normed(const RopeArgs& args, const Heads&
   }
 }
 
-__device__ __forceinline__ void fill_weights(float (&weights)[kMaxNorm], const Norm& norm) {
-  for (uint32_t i = threadIdx.x; i < norm.width / 4; i += kRopeThreads) {
-    reinterpret_cast<float4*>(weights)[i] = reinterpret_cast<const float4*>(norm.weight)[i];
-  }
+// This thread's four of a norm's weights.
+__device__ __forceinline__ float4 four_weights(const Norm& norm) {
+  static_assert(kMaxNorm == 4 * kRopeThreads);
+  const bool there = 4 * threadIdx.x < norm.width;
+  return there ? reinterpret_cast<const float4*>(norm.weight)[threadIdx.x] : float4{};
+}
+
+__device__ __forceinline__ void prefetch_weights(const Norm& norm) {
+  if (32 * threadIdx.x < norm.width) ptx::prefetch_l2(norm.weight + 32 * threadIdx.x);
 }
 
 __device__ __forceinline__ uint32_t whole_warps(uint32_t lanes) {
@@ -219,17 +225,25 @@ __device__ __forceinline__ uint32_t whole_warps(uint32_t lanes) {
 template <bool kNorms>
 __global__ void __launch_bounds__(kRopeThreads) rotate_vectors(const __grid_constant__ RopeArgs args) {
   ptx::launch_dependents();
+  if constexpr (kNorms) {
+    // May come before the wait: see norm_rows.
+    prefetch_weights(args.q_norm);
+    prefetch_weights(args.k_norm);
+  }
   ptx::wait_for_prerequisites();
   __shared__ Angles angles;
   __shared__ Weights weights;
   const uint64_t token = blockIdx.x;
-  if constexpr (kNorms) {
-    fill_weights(weights.q, args.q_norm);
-    fill_weights(weights.k, args.k_norm);
-  }
-  if (args.q.heads + args.k.heads > 0) fill_angles(angles, args, static_cast<float>(args.positions[token]));
-  __syncthreads();
+  // These are on their way while the angles are worked out.
   const uint32_t row = args.cache_rows == nullptr ? 0xffffffffu : static_cast<uint32_t>(args.cache_rows[token]);
+  const float4 q_weights = kNorms ? four_weights(args.q_norm) : float4{};
+  const float4 k_weights = kNorms ? four_weights(args.k_norm) : float4{};
+  if (args.q.heads + args.k.heads > 0) fill_angles(angles, args, static_cast<float>(args.positions[token]));
+  if constexpr (kNorms) {
+    reinterpret_cast<float4*>(weights.q)[threadIdx.x] = q_weights;
+    reinterpret_cast<float4*>(weights.k)[threadIdx.x] = k_weights;
+  }
+  __syncthreads();
   const bool cached = row < args.num_cache_rows;
   const uint32_t rotary = 2 * args.pairs;
   const uint32_t rotated = args.pairs / pairs_of_item(args.interleaved);
