@@ -93,14 +93,14 @@ Heads heads_of(const AnabranchHeads& heads, void* to, uint64_t to_stride) {
 Norm norm_of(const AnabranchHeadNorm& norm, const Heads& heads, uint32_t pairs, bool interleaved) {
   if (norm.weight == nullptr || heads.heads == 0) return {};
   const uint32_t items = pairs / pairs_of_item(interleaved) + (heads.head_dim - 2 * pairs) / kVector;
-  uint32_t lanes = 1;
-  while (lanes < items && lanes < kWarpSize) lanes *= 2;
-  return {norm.weight, norm.width, lanes, norm.eps};
+  uint32_t lane_bits = 0;
+  while (1u << lane_bits < items && 1u << lane_bits < kWarpSize) ++lane_bits;
+  return {norm.weight, norm.width, lane_bits, norm.eps};
 }
 
 // Vectors that keep threads busy: of a normed head, two for each of its lanes.
 uint64_t vectors_of(const Heads& heads, const Norm& norm) {
-  return uint64_t{heads.heads} * (norm.width > 0 ? 2 * norm.lanes : heads.head_dim / kVector);
+  return uint64_t{heads.heads} * (norm.width > 0 ? 2u << norm.lane_bits : heads.head_dim / kVector);
 }
 
 bool is_wide(const Heads& heads) {

@@ -32,7 +32,7 @@ struct Heads {
 struct Norm {
   const float* weight;  // [width]
   uint32_t width;       // 0: no norm
-  uint32_t lanes;       // that share a head: a power of two, a warp at most
+  uint32_t lane_bits;   // 2^lane_bits lanes share a head, a warp at most
   float eps;
 };
 
@@ -128,51 +128,61 @@ __device__ __forceinline__ void store(uint16_t* to, const float (&x)[kVector]) {
   *reinterpret_cast<uint4*>(to) = pack(x);
 }
 
-// Item `item` of a token's rotated heads.
+// Item `item` of a head's rotated elements; `from` and `to` are the head's start.
 template <class Source>
 __device__ __forceinline__ void rotate_item(const RopeArgs& args, const Heads& heads, const Source& source,
                                             const uint16_t* from, uint16_t* to, uint32_t item, const Angles& angles) {
+  const uint32_t first = item * pairs_of_item(args.interleaved);
   float a[kVector];
   if (args.interleaved) {
-    const uint32_t per_head = 2 * args.pairs / kVector;
-    const uint32_t vector = item % per_head;
-    const uint32_t at = item / per_head * heads.head_dim + heads.first + vector * kVector;
+    const uint32_t at = heads.first + 2 * first;
     source.read(a, from, at);
 #pragma unroll
     for (uint32_t j = 0; j < kVector; j += 2) {
-      const uint32_t pair = (vector * kVector + j) / 2;
-      turn(a[j], a[j + 1], angles.cos[pair], angles.sin[pair]);
+      turn(a[j], a[j + 1], angles.cos[first + j / 2], angles.sin[first + j / 2]);
     }
     store(to + at, a);
     return;
   }
   float b[kVector];
-  const uint32_t per_head = args.pairs / kVector;
-  const uint32_t pair = item % per_head * kVector;
-  const uint32_t at = item / per_head * heads.head_dim + heads.first + pair;
+  const uint32_t at = heads.first + first;
   source.read(a, from, at);
   source.read(b, from, at + args.pairs);
   float cos[kVector];
   float sin[kVector];
-  load(cos, reinterpret_cast<const float4*>(angles.cos + pair));
-  load(sin, reinterpret_cast<const float4*>(angles.sin + pair));
+  load(cos, reinterpret_cast<const float4*>(angles.cos + first));
+  load(sin, reinterpret_cast<const float4*>(angles.sin + first));
 #pragma unroll
   for (uint32_t j = 0; j < kVector; ++j) turn(a[j], b[j], cos[j], sin[j]);
   store(to + at, a);
   store(to + at + args.pairs, b);
 }
 
-// Item `item` of a token's elements that are not rotated, 16 bytes at a time: `rotary` elements from `first` on are
-// left out.
+// Item `item` of a head's elements that are not rotated, 16 bytes at a time: `rotary` elements from `first` on are left
+// out.
 template <class Source>
 __device__ __forceinline__ void copy_item(const Heads& heads, const Source& source, const uint16_t* from, uint16_t* to,
                                           uint32_t item, uint32_t rotary) {
-  const uint32_t per_head = (heads.head_dim - rotary) / kVector;
-  const uint32_t column = item % per_head * kVector;
-  const uint32_t at = item / per_head * heads.head_dim + column + (column < heads.first ? 0 : rotary);
+  const uint32_t column = item * kVector;
+  const uint32_t at = column + (column < heads.first ? 0 : rotary);
   float x[kVector];
   source.read(x, from, at);
   store(to + at, x);
+}
+
+// Items of all heads of a token, one head's after another's, where there is no norm.
+__device__ __forceinline__ void rotate_plain(const RopeArgs& args, const Heads& heads, const uint16_t* from,
+                                             uint16_t* to, uint32_t item, const Angles& angles) {
+  const uint32_t per_head = args.pairs / pairs_of_item(args.interleaved);
+  const uint32_t head = item / per_head * heads.head_dim;
+  rotate_item(args, heads, Plain{args.clip}, from + head, to + head, item % per_head, angles);
+}
+
+__device__ __forceinline__ void copy_plain(const RopeArgs& args, const Heads& heads, const uint16_t* from, uint16_t* to,
+                                           uint32_t item, uint32_t rotary) {
+  const uint32_t per_head = (heads.head_dim - rotary) / kVector;
+  const uint32_t head = item / per_head * heads.head_dim;
+  copy_item(heads, Plain{args.clip}, from + head, to + head, item % per_head, rotary);
 }
 
 // A lane's part of the normed heads of a token, which are spread over whole warps from lane 0 on. Nothing of a head is
@@ -180,24 +190,25 @@ __device__ __forceinline__ void copy_item(const Heads& heads, const Source& sour
 __device__ __forceinline__ void rotate_normed(const RopeArgs& args, const Heads& heads, const Norm& norm,
                                               const float* weight, const uint16_t* from, uint16_t* to, uint32_t lane,
                                               const Angles& angles) {
-  const uint32_t head = lane / norm.lanes;
-  const uint32_t member = lane % norm.lanes;
+  const uint32_t lanes = 1u << norm.lane_bits;
+  const uint32_t head = lane >> norm.lane_bits;
+  const uint32_t member = lane & (lanes - 1);
   const bool inside = head < heads.heads;
   from += head * heads.head_dim;
   to += head * heads.head_dim;
   // Two vectors a lane are all: a head's items hold no more, and a warp's are kMaxNorm.
   const uint32_t low = member * kVector;
-  const uint32_t high = low + norm.lanes * kVector;
+  const uint32_t high = low + lanes * kVector;
   const uint4 x = inside && low < norm.width ? *reinterpret_cast<const uint4*>(from + low) : uint4{};
   const uint4 y = inside && high < norm.width ? *reinterpret_cast<const uint4*>(from + high) : uint4{};
   const float sum = add_squares(0.0f, x) + add_squares(0.0f, y);
-  const float scale = norm_scale(group_sum(sum, norm.lanes), static_cast<float>(norm.width), norm.eps);
+  const float scale = norm_scale(group_sum(sum, lanes), static_cast<float>(norm.width), norm.eps);
   if (!inside) return;
   const Normed source = {weight, norm.width, scale, args.clip};
   const uint32_t rotary = 2 * args.pairs;
   const uint32_t turns = args.pairs / pairs_of_item(args.interleaved);
   const uint32_t items = turns + (heads.head_dim - rotary) / kVector;
-  for (uint32_t item = member; item < items; item += norm.lanes) {
+  for (uint32_t item = member; item < items; item += lanes) {
     if (item < turns) {
       rotate_item(args, heads, source, from, to, item, angles);
     } else {
@@ -250,8 +261,8 @@ __global__ void __launch_bounds__(kRopeThreads) rotate_vectors(const __grid_cons
   const bool q_plain = !kNorms || args.q_norm.width == 0;
   const bool k_plain = !kNorms || args.k_norm.width == 0;
   // Normed heads come first, and each kind takes whole warps, in which every lane takes part in the sums.
-  const uint32_t q_lanes = q_plain ? 0 : whole_warps(args.q.heads * args.q_norm.lanes);
-  const uint32_t k_lanes = k_plain || !cached ? 0 : whole_warps(args.k.heads * args.k_norm.lanes);
+  const uint32_t q_lanes = q_plain ? 0 : whole_warps(args.q.heads << args.q_norm.lane_bits);
+  const uint32_t k_lanes = k_plain || !cached ? 0 : whole_warps(args.k.heads << args.k_norm.lane_bits);
   // Elements of q that are not rotated stay where they are, unless they are to be clamped.
   const bool clip = args.clip < INFINITY;
   const uint32_t q_turns = q_plain ? args.q.heads * rotated : 0;
@@ -267,7 +278,6 @@ __global__ void __launch_bounds__(kRopeThreads) rotate_vectors(const __grid_cons
   const uint16_t* const v_from = args.v.from + token * args.v.from_stride;
   uint16_t* const v_to = args.v.to + row * args.v.to_stride;
   const uint32_t end = q_lanes + k_lanes + q_turns + q_copies + k_turns + k_copies + v_copies;
-  const Plain plain = {args.clip};
   for (uint32_t item = blockIdx.y * kRopeThreads + threadIdx.x; item < end; item += gridDim.y * kRopeThreads) {
     uint32_t i = item;
     if constexpr (kNorms) {
@@ -282,15 +292,15 @@ __global__ void __launch_bounds__(kRopeThreads) rotate_vectors(const __grid_cons
       i -= k_lanes;
     }
     if (i < q_turns) {
-      rotate_item(args, args.q, plain, q_from, q_to, i, angles);
+      rotate_plain(args, args.q, q_from, q_to, i, angles);
     } else if ((i -= q_turns) < q_copies) {
-      copy_item(args.q, plain, q_from, q_to, i, rotary);
+      copy_plain(args, args.q, q_from, q_to, i, rotary);
     } else if ((i -= q_copies) < k_turns) {
-      rotate_item(args, args.k, plain, k_from, k_to, i, angles);
+      rotate_plain(args, args.k, k_from, k_to, i, angles);
     } else if ((i -= k_turns) < k_copies) {
-      copy_item(args.k, plain, k_from, k_to, i, rotary);
+      copy_plain(args, args.k, k_from, k_to, i, rotary);
     } else {
-      copy_item(args.v, plain, v_from, v_to, i - k_copies, 0);
+      copy_plain(args, args.v, v_from, v_to, i - k_copies, 0);
     }
   }
 }
