@@ -4,7 +4,7 @@ use anabranch::{
     Adaptive, Capacity, Dtype, Error, GroupLimit, GroupScore, Routing,
     reference::{
         Expert, Linear, Matrix, Permutation, RopeTable, combine, embedding, expert_forward, grouped_gemm, linear,
-        rms_norm, rotate, router,
+        rms_norm, rms_norm_heads, rotate, router,
     },
 };
 use anabranch::{Rope, RopeLayout, RopeScaling};
@@ -118,6 +118,12 @@ fn rows_and_ids_that_do_not_exist() {
     assert_eq!(refused(embedding::<f32>(&table, &[2, 3])), "embedding: ids holds 3, but must be below 3");
     assert!(rms_norm(&[1.0f32; 3], &[], 1e-6).is_err());
     assert!(rms_norm(&[1.0f32; 3], &[1.0; 2], 1e-6).is_err());
+    assert_eq!(
+        refused(rms_norm_heads(&mut [1.0f32; 6], 3, &[1.0; 4], 1e-6)),
+        "rms_norm: weight must be 1 to 3 long, got 4"
+    );
+    assert!(rms_norm_heads(&mut [1.0f32; 6], 3, &[], 1e-6).is_err());
+    assert!(rms_norm_heads(&mut [1.0f32; 5], 3, &[1.0; 2], 1e-6).is_err());
     let rope = Rope::new(4, 1e4, RopeLayout::Half, RopeScaling::None).unwrap();
     let table = RopeTable::new(&rope, 0..2);
     assert!(rotate(&mut [0.0f32; 6], 1, 3, 0, &table).is_err());

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "block/norm.cuh"
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -42,8 +43,7 @@ struct FloatWeight {
 
 // The sum over the `threads` that share a row, in an order that hangs on `threads` only.
 __device__ __forceinline__ float sum_over(float x, uint32_t threads) {
-  const uint32_t width = threads < kWarpSize ? threads : kWarpSize;
-  for (uint32_t step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  x = group_sum(x, threads < kWarpSize ? threads : kWarpSize);
   if (threads <= kWarpSize) return x;
   __shared__ float partial[kWarpSize];
   if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = x;
@@ -100,13 +100,8 @@ __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormAr
     }
   }
 #pragma unroll
-  for (uint32_t i = 0; i < kVectors; ++i) {
-    float a[kVector];
-    unpack(a, x[i]);
-#pragma unroll
-    for (uint32_t j = 0; j < kVector; ++j) sum = fmaf(a[j], a[j], sum);
-  }
-  const float scale = 1.0f / sqrtf(sum_over(sum, args.threads) / args.width + args.eps);
+  for (uint32_t i = 0; i < kVectors; ++i) sum = add_squares(sum, x[i]);
+  const float scale = norm_scale(sum_over(sum, args.threads), args.width, args.eps);
 #pragma unroll
   for (uint32_t i = 0; i < kVectors; ++i) {
     const uint32_t at = member + i * args.threads;

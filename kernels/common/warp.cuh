@@ -17,6 +17,12 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// The sum of this lane's group: `lanes` neighbours, a power of two.
+__device__ __forceinline__ float group_sum(float x, uint32_t lanes) {
+  for (uint32_t step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
 // The largest value; none may be NaN.
 __device__ __forceinline__ float warp_max(float x) {
   return from_ordered_key(__reduce_max_sync(kFullWarp, ordered_key(x)));

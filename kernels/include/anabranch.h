@@ -270,9 +270,18 @@ typedef struct AnabranchHeads {
   uint32_t first;
 } AnabranchHeads;
 
-// Rotates q in place and writes rotated keys, and values as they are, into a cache. Before that everything is clamped
-// to
-// [-clip, clip].
+// The RMS norm of the first `width` elements of every head: all of them, or the latent before a rotated part. Without a
+// weight, none.
+typedef struct AnabranchHeadNorm {
+  // [width]
+  const float* weight;
+  // At most head_dim, and at most 512.
+  uint32_t width;
+  float eps;
+} AnabranchHeadNorm;
+
+// Rotates q in place and writes rotated keys, and values as they are, into a cache. Before that q and k are normed, and
+// what bf16 holds of that, and v, is clamped to [-clip, clip].
 typedef struct AnabranchRopeParams {
   uint64_t num_tokens;
   AnabranchRopeLayout layout;
@@ -292,6 +301,8 @@ typedef struct AnabranchRopeParams {
   AnabranchHeads k;
   // Read only; `first` is not looked at.
   AnabranchHeads v;
+  AnabranchHeadNorm q_norm;
+  AnabranchHeadNorm k_norm;
   // [T]: the cache's row of each token; outside of the cache, its keys and values are not written. No two tokens share
   // one.
   const int32_t* cache_rows;

@@ -49,7 +49,7 @@ pub use permute::{
 };
 pub use random::{checksum, checksum_into, random, random_into};
 pub use rms_norm::{add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_into};
-pub use rope::{RopeBuffers, RopeCache, RopeTable, rope_into};
+pub use rope::{HeadNorm, RopeBuffers, RopeCache, RopeTable, rope_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
 pub use router_logits::{RouterLogitsInput, router_logits, router_logits_into};
 pub use rows::{add_into, embedding, embedding_into};

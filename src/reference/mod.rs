@@ -33,7 +33,7 @@ pub use paged_rows::paged_rows;
 pub use permute::Permutation;
 pub use random::{checksum, random, random_from};
 pub use real::Real;
-pub use rms_norm::rms_norm;
+pub use rms_norm::{rms_norm, rms_norm_heads};
 pub use rope::{RopeTable, rotate};
 pub use router::{RouterOutput, router, scores, topk_weights};
 pub use sampling::{Candidate, candidates, sample};

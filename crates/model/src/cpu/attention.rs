@@ -1,6 +1,8 @@
 //! Attention on the CPU: projections, rotation, cache write, attention, output projection.
 
-use anabranch::reference::{AttentionShape, LatentShape, attention, latent_attention, linear, rms_norm, rotate};
+use anabranch::reference::{
+    AttentionShape, LatentShape, attention, latent_attention, linear, rms_norm, rms_norm_heads, rotate,
+};
 
 use super::{
     CpuTensor,
@@ -134,10 +136,7 @@ impl Latent {
 
         let mut latents = project(x, &self.kv_a)?;
         let width = kv_lora_rank + qk_rope_head_dim;
-        for row in latents.chunks_exact_mut(width) {
-            let normed = rms_norm(&row[..kv_lora_rank], &self.kv_a_norm, self.norm_eps)?;
-            row[..kv_lora_rank].copy_from_slice(&normed);
-        }
+        rms_norm_heads(&mut latents, width, &self.kv_a_norm, self.norm_eps)?;
         rotate(&mut latents, 1, width, kv_lora_rank, &pass.rope)?;
 
         let q_width = num_heads * head_dim;

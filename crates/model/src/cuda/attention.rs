@@ -44,7 +44,10 @@ struct Grouped {
     shape: AttentionShape,
     /// Queries, keys, values.
     qkv: Dense,
-    norms: Option<[Norm; 2]>,
+    /// Of each head of queries and of keys, where they are rotated.
+    head_norms: Option<[Norm; 2]>,
+    /// Of all of them at once, before that.
+    whole_norms: Option<[Norm; 2]>,
     clip: Option<f32>,
 }
 
@@ -195,19 +198,21 @@ impl Grouped {
             return Err(mismatch());
         };
         let (heads, kv_heads) = (Axis::heads(num_heads, head_dim), Axis::heads(num_kv_heads, head_dim));
-        let norms = match norm_weights {
-            Some([q, k]) => {
-                let axes = if qk_norm == QkNorm::Whole { [heads, kv_heads] } else { [Axis::whole(head_dim); 2] };
-                let load = |weight: &[f32], axis| Norm::load(gpu, weight, axis, config.rms_norm_eps);
-                Some([load(q, axes[0])?, load(k, axes[1])?])
-            }
-            None => None,
+        let load = |[q_axis, k_axis]: [Axis; 2]| {
+            let Some([q, k]) = norm_weights else { return Err(mismatch()) };
+            let load = |weight: &[f32], axis| Norm::load(gpu, weight, axis, config.rms_norm_eps);
+            Ok(Some([load(q, q_axis)?, load(k, k_axis)?]))
+        };
+        let (head_norms, whole_norms) = match qk_norm {
+            QkNorm::None => (None, None),
+            QkNorm::PerHead => (load([Axis::whole(head_dim); 2])?, None),
+            QkNorm::Whole => (None, load([heads, kv_heads])?),
         };
         let head = pad(head_dim);
         let shape =
             AttentionShape { num_heads, num_kv_heads, key_dim: head, value_dim: head, scale: config.softmax_scale };
         let qkv = Dense::stack(gpu, &[(q, heads), (k, kv_heads), (v, kv_heads)], d, Epilogue::Linear)?;
-        Ok((Self { shape, qkv, norms, clip: clip_qkv }, heads))
+        Ok((Self { shape, qkv, head_norms, whole_norms, clip: clip_qkv }, heads))
     }
 
     /// From the residual stream to the heads' output in `c`.
@@ -233,20 +238,26 @@ impl Grouped {
             self.qkv.run_columns(stream, x()?, width..width + kv_width, &mut kv)?;
             (q, kv)
         };
-        if let Some([q_norm, k_norm]) = &self.norms {
+        if let Some([q_norm, k_norm]) = &self.whole_norms {
             q_norm.run_heads(stream, &mut q, heads)?;
             k_norm.run_heads(stream, &mut kv, keys)?;
         }
+        let (q_norm, k_norm) = match &self.head_norms {
+            Some([q, k]) => (Some(q.of_heads()), Some(k.of_heads())),
+            None => (None, None),
+        };
         let rows = [batch.cache_rows, num_kv_heads, head_dim];
         let mut buffers = RopeBuffers {
             positions: batch.positions()?,
             queries: q,
             q: heads,
             q_first: 0,
+            q_norm,
             cache: Some(RopeCache {
                 keys: Some(kv.view()),
                 k: keys,
                 k_first: 0,
+                k_norm,
                 values: Some(kv.view()),
                 v: values,
                 rows: batch.rows()?,
@@ -343,8 +354,6 @@ impl Latent {
         }
         let cached = [tokens, key_dim];
         self.kv_a.run(stream, normed.part(0, [tokens, self.kv_a.inner()])?, &mut a.part_mut(0, cached)?)?;
-        let range = HeadRange { column: 0, num_heads: 1, head_dim: latent };
-        self.kv_a_norm.run_heads(stream, &mut a.part_mut(0, cached)?, range)?;
 
         product_by_head(stream, &self.absorb, order, c, b)?;
         std::mem::swap(b, c);
@@ -357,10 +366,12 @@ impl Latent {
             queries: c.part_mut(0, [tokens, num_heads * key_dim])?,
             q: HeadRange { column: 0, num_heads, head_dim: key_dim },
             q_first: latent,
+            q_norm: None,
             cache: Some(RopeCache {
                 keys: Some(a.part(0, cached)?),
                 k: HeadRange { column: 0, num_heads: 1, head_dim: key_dim },
                 k_first: latent,
+                k_norm: Some(self.kv_a_norm.of_heads()),
                 values: None,
                 v: HeadRange { column: 0, num_heads: 0, head_dim: 0 },
                 rows: batch.rows()?,

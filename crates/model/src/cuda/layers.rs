@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use anabranch::cuda::{
-    Epilogue, GemmOutput, HeadRange, LinearInput, NormLinearInput, Stream, Tile, View, ViewMut, add_rms_norm_into,
-    linear_into, norm_linear_into, norm_linear_takes, rms_norm_heads_into, rms_norm_into,
+    Epilogue, GemmOutput, HeadNorm, HeadRange, LinearInput, NormLinearInput, Stream, Tile, View, ViewMut,
+    add_rms_norm_into, linear_into, norm_linear_into, norm_linear_takes, rms_norm_heads_into, rms_norm_into,
 };
 use half::bf16;
 
@@ -51,6 +51,11 @@ impl Norm {
         out: &mut ViewMut<'_, bf16>,
     ) -> Result<()> {
         Ok(add_rms_norm_into(stream, x, delta, &self.weight.view(), self.eps, out)?)
+    }
+
+    /// Of the first elements of heads, where they are rotated.
+    pub(super) fn of_heads(&self) -> HeadNorm<'_> {
+        HeadNorm { weight: self.weight.view(), eps: self.eps }
     }
 
     /// Of heads, in place: as many as the weight's length makes of the range.
