@@ -103,9 +103,9 @@ pub(crate) enum Rows<'a> {
 #[cfg(feature = "cuda")]
 impl Rows<'_> {
     /// Row `row` as it is stored, where that is bf16.
-    pub(crate) fn bf16(&self, row: usize) -> Option<&[[u8; 2]]> {
+    pub(crate) fn bf16(&self, row: usize) -> Option<&[u8]> {
         match self {
-            Self::Stored(matrix) if matrix.dtype() == Dtype::Bf16 => Some(matrix.row_bytes(row).as_chunks().0),
+            Self::Stored(matrix) if matrix.dtype() == Dtype::Bf16 => Some(matrix.row_bytes(row)),
             _ => None,
         }
     }

@@ -64,17 +64,16 @@ impl Axis {
     /// Values along the axis with the padding between them.
     pub(super) fn spread(&self, values: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
-        self.lay(values, &mut out, |value| *value);
+        self.lay(&mut out, |from, out| out.copy_from_slice(&values[from..from + out.len()]));
         out
     }
 
-    /// Writes all of `out`: values along the axis, converted, and the padding between them.
-    fn lay<A, B: Default>(&self, values: &[A], out: &mut [B], convert: impl Fn(&A) -> B) {
+    /// Writes all of `out`: `copy` a block from where it begins in the checkpoint, zeros what pads it.
+    fn lay<T: Default>(&self, out: &mut [T], copy: impl Fn(usize, &mut [T])) {
         for (block, out) in out.chunks_exact_mut(self.padded).enumerate() {
             let (out, padding) = out.split_at_mut(self.size);
-            let values = &values[self.start + block * self.size..][..self.size];
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = convert(value));
-            padding.fill_with(B::default);
+            copy(self.start + block * self.size, out);
+            padding.fill_with(T::default);
         }
     }
 }
@@ -133,10 +132,15 @@ impl Gpu {
 /// Lays a row out as the device has it: bf16, zeros for padding. `values` has room for a row in float32.
 fn lay(from: Rows<'_>, row: usize, columns: Axis, values: &mut [f32], out: &mut [bf16]) {
     if let Some(stored) = from.bf16(row) {
-        columns.lay(stored, out, |bytes| bf16::from_le_bytes(*bytes));
+        columns.lay(out, |from, out| {
+            let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+            out.copy_from_slice(&stored[2 * from..][..out.len()]);
+        });
     } else {
         from.read(row, values);
-        columns.lay(values, out, |value| bf16::from_f32(*value));
+        columns.lay(out, |from, out| {
+            out.iter_mut().zip(&values[from..]).for_each(|(out, value)| *out = bf16::from_f32(*value));
+        });
     }
 }
 
