@@ -88,6 +88,14 @@ pub enum Error {
         /// Bytes that were free then.
         free: usize,
     },
+    /// The host's memory does not suffice, or the system does not let so much of it be page-locked.
+    #[error("{operation}: the system refuses {asked} bytes of page-locked memory")]
+    OutOfHostMemory {
+        /// The operation, by its name in the API.
+        operation: &'static str,
+        /// Bytes asked for.
+        asked: usize,
+    },
     /// The launch of a kernel failed, or its launcher refused the arguments.
     #[error("{operation}: the kernel was not launched: {reason}")]
     Launch {

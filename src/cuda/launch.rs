@@ -94,7 +94,14 @@ impl<'a> Launch<'a> {
         self.stream.cudarc().cu_stream().cast()
     }
 
-    fn check<T, S: DeviceSlice<T>>(self, argument: &'static str, slice: &S, got: Shape, expected: Shape) -> Result<()> {
+    /// Refuses a tensor of another shape, or of another place than the stream's.
+    pub(super) fn check<T, S: DeviceSlice<T>>(
+        self,
+        argument: &'static str,
+        slice: &S,
+        got: Shape,
+        expected: Shape,
+    ) -> Result<()> {
         let operation = self.operation;
         if got != expected {
             let (expected, got) = (expected.to_string(), got.to_string());

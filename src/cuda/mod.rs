@@ -19,6 +19,7 @@ mod launch;
 mod linear;
 mod moe_layer;
 mod permute;
+mod pinned;
 mod random;
 mod rms_norm;
 mod rope;
@@ -47,6 +48,7 @@ pub use moe_layer::{Arch, MoeBlock, MoeBuffers, MoeInput, MoeLayer, MoePlan, Moe
 pub use permute::{
     NO_SLOT, PermuteBuffers, PermuteOutput, permute, permute_into, permute_rows, permute_rows_into, permute_workspace,
 };
+pub use pinned::Pinned;
 pub use random::{checksum, checksum_into, random, random_into};
 pub use rms_norm::{add_rms_norm_into, rms_norm, rms_norm_heads_into, rms_norm_into};
 pub use rope::{HeadNorm, RopeBuffers, RopeCache, RopeTable, rope_into};

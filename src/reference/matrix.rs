@@ -121,14 +121,22 @@ impl<'a> Matrix<'a> {
         })
     }
 
+    /// One row as it is stored, without its scales.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row_bytes(&self, row: usize) -> &'a [u8] {
+        let pitch = self.columns * self.dtype.size();
+        &self.bytes[row * pitch..(row + 1) * pitch]
+    }
+
     /// Writes one row's values, dequantised, to `out`, which is `columns` long.
     ///
     /// # Panics
     /// If there is no such row or `out` has another length.
     pub fn read_row<T: Real>(&self, row: usize, out: &mut [T]) {
         assert_eq!(out.len(), self.columns, "a row has as many values as the matrix has columns");
-        let pitch = self.columns * self.dtype.size();
-        let bytes = &self.bytes[row * pitch..(row + 1) * pitch];
+        let bytes = self.row_bytes(row);
         match self.dtype {
             Dtype::F32 => decode(bytes, out, |b: [u8; 4]| f32::from_le_bytes(b)),
             Dtype::F16 => decode(bytes, out, |b: [u8; 2]| f16::from_le_bytes(b).to_f32()),

@@ -13,6 +13,7 @@ mod layers;
 mod moe_layer;
 mod numbers;
 mod permute;
+mod pinned;
 mod random;
 mod rms_norm;
 mod rope;

@@ -61,6 +61,9 @@ pub(crate) trait Place: Backend {
     /// Bytes that weights take, wherever they come from.
     fn weight_bytes(source: &Source, config: &Config) -> Result<u64, Failure>;
 
+    /// Bytes of a checkpoint that loading reads; `None` where they are only mapped, or there are none.
+    fn bytes_read(source: &Source) -> Result<Option<u64>, Failure>;
+
     /// Bytes that can be taken; `None` where the backend itself refuses what does not fit.
     fn available() -> Option<u64>;
 
@@ -76,6 +79,10 @@ impl Place for Cpu {
             Some(folder) => Ok(Checkpoint::open(folder)?.total_bytes()),
             None => Ok(0),
         }
+    }
+
+    fn bytes_read(_: &Source) -> Result<Option<u64>, Failure> {
+        Ok(None)
     }
 
     fn available() -> Option<u64> {
@@ -95,6 +102,10 @@ impl Place for anabranch_model::Cuda {
     fn weight_bytes(_: &Source, config: &Config) -> Result<u64, Failure> {
         let parameters = anabranch_model::analysis::Analysis::new(config, 0, Dtype::Bf16).total_parameters;
         Ok(parameters.saturating_mul(2))
+    }
+
+    fn bytes_read(source: &Source) -> Result<Option<u64>, Failure> {
+        Ok(source.folder().map(Checkpoint::open).transpose()?.map(|checkpoint| checkpoint.total_bytes()))
     }
 
     fn available() -> Option<u64> {

@@ -107,6 +107,14 @@ pub trait Backend {
     /// See [`Backend::load_table`].
     fn load_feed_forward(&self, config: &Config, weights: FeedForwardWeights) -> Result<Self::FeedForward>;
 
+    /// Told after everything is loaded: weights are where they belong from here on, and what brought them there can go.
+    ///
+    /// # Errors
+    /// If they did not get there.
+    fn loaded(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Makes a cache of so many blocks of [`BLOCK_SIZE`](crate::BLOCK_SIZE) tokens.
     ///
     /// # Errors

@@ -97,6 +97,7 @@ impl<B: Backend> Model<B> {
                 feed_forward: backend.load_feed_forward(&config, weights.feed_forward(layer)?)?,
             });
         }
+        backend.loaded()?;
         progress(count, count);
         Ok(Self { config, backend, embedding, blocks, norm: final_norm, head })
     }

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use anabranch::reference::{Matrix, random};
+use anabranch::{
+    Dtype,
+    reference::{Matrix, random},
+};
 
 use crate::{
     Checkpoint, Config, Error, Result, Tensor,
@@ -99,6 +102,14 @@ pub(crate) enum Rows<'a> {
 
 #[cfg(feature = "cuda")]
 impl Rows<'_> {
+    /// Row `row` as it is stored, where that is bf16.
+    pub(crate) fn bf16(&self, row: usize) -> Option<&[u8]> {
+        match self {
+            Self::Stored(matrix) if matrix.dtype() == Dtype::Bf16 => Some(matrix.row_bytes(row)),
+            _ => None,
+        }
+    }
+
     /// Writes row `row` to `out`, which is as long as a row.
     pub(crate) fn read(&self, row: usize, out: &mut [f32]) {
         match *self {
@@ -238,7 +249,7 @@ impl Weights<'_> {
 
     fn stored(&self, checkpoint: &Checkpoint, name: &str, [out, inner]: [usize; 2]) -> Result<Source> {
         let weight = tensor(checkpoint, name, &[out, inner])?;
-        if weight.weight_dtype()? != anabranch::Dtype::F8E4m3 {
+        if weight.weight_dtype()? != Dtype::F8E4m3 {
             return Ok(Source::Stored { tensor: weight, scales: None });
         }
         let block = self.config.fp8_block.ok_or_else(|| Error::Checkpoint {

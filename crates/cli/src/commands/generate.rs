@@ -14,7 +14,7 @@ use anabranch::Sampling;
 use anabranch_model::{
     BLOCK_SIZE, Error, GenerateOptions, Generated, Message, Model, Session, Stats, Tokenizer, generate,
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Generate text from a checkpoint
 #[derive(clap::Args)]
@@ -105,10 +105,13 @@ impl Task for &Arguments {
         let cached_tokens = blocks.saturating_mul(BLOCK_SIZE);
         let demand = Demand { cached_tokens, logit_rows: prompts.len().min(self.batch_size) };
         memory::check::<P>(&self.source, &config, &demand, self.memory_limit)?;
+        let begun = Instant::now();
         let model = self.source.load(&config, place)?;
+        let loading = begun.elapsed();
         let generated = interrupt::deferred(|| speak(&model, &tokenizer, &prompts, &options))?;
         if self.stats {
-            output::complain(&report(&generated.stats, &model.backend().memory()?));
+            let loading = (P::bytes_read(&self.source)?, loading);
+            output::complain(&report(loading, &generated.stats, &model.backend().memory()?));
         }
         Ok(())
     }
@@ -153,18 +156,28 @@ fn speak<P: Place>(
     Ok(result?)
 }
 
-/// What `--stats` says.
-fn report(stats: &Stats, memory: &[[String; 2]]) -> String {
-    let line = |what: &str, tokens: usize, time: Duration| {
-        let seconds = time.as_secs_f64();
-        let rate =
-            if seconds > 0.0 { format!("{:.1} tokens/s", tokens as f64 / seconds) } else { "no time".to_owned() };
-        vec![what.to_owned(), format!("{tokens} tokens"), format!("{seconds:.3} s"), rate]
+/// What `--stats` says. Loading has the bytes that it read, where it read them.
+fn report((bytes, loading): (Option<u64>, Duration), stats: &Stats, memory: &[[String; 2]]) -> String {
+    let line = |what: &str, amount: String, time: Duration, rate: String| {
+        vec![what.to_owned(), amount, format!("{:.3} s", time.as_secs_f64()), rate]
     };
-    let mut rows =
-        vec![line("prefill", stats.prompt_tokens, stats.prefill), line("decode", stats.decoded_tokens, stats.decode)];
+    let tokens = |what: &str, tokens: usize, time: Duration| {
+        line(what, format!("{tokens} tokens"), time, rate(tokens as f64, "tokens/s", time))
+    };
+    // GB, as buses and disks are measured.
+    let read = |bytes: u64| (units::bytes(bytes), rate(bytes as f64 / 1e9, "GB/s", loading));
+    let (read, speed) = bytes.map(read).unwrap_or_default();
+    let mut rows = vec![
+        line("loading", read, loading, speed),
+        tokens("prefill", stats.prompt_tokens, stats.prefill),
+        tokens("decode", stats.decoded_tokens, stats.decode),
+    ];
     rows.extend(memory.iter().map(|row| row.to_vec()));
     units::table(&rows, &[1, 2, 3]).trim_end().to_owned()
+}
+
+fn rate(amount: f64, unit: &str, time: Duration) -> String {
+    if time.is_zero() { "no time".to_owned() } else { format!("{:.1} {unit}", amount / time.as_secs_f64()) }
 }
 
 impl Arguments {
@@ -230,8 +243,11 @@ mod tests {
             decoded_tokens: 4,
             decode: Duration::ZERO,
         };
-        let report = report(&stats, &[["peak memory".to_owned(), "1.0 GiB".to_owned()]]);
+        let memory = [["peak memory".to_owned(), "1.0 GiB".to_owned()]];
+        let loading = (Some(3 << 30), Duration::from_millis(500));
+        let report = report(loading, &stats, &memory);
         assert!(report.contains("prefill") && report.contains("20.0 tokens/s"), "{report}");
         assert!(report.contains("no time") && report.contains("peak memory"), "{report}");
+        assert!(report.contains("3.0 GiB") && report.contains("6.4 GB/s"), "{report}");
     }
 }

@@ -110,7 +110,7 @@ fn a_stop_string_ends_the_text_before_it() {
 #[test]
 fn statistics_go_to_stderr() {
     let run = generate("deepseek-v1", &["--prompt", PROMPT, "--max-new-tokens", "4", "--stats"]);
-    for words in ["prefill", "decode", "tokens/s", "3 tokens"] {
+    for words in ["loading", "prefill", "decode", "tokens/s", "3 tokens"] {
         assert!(run.stderr.contains(words), "{words} in {}", run.stderr);
     }
     assert!(cfg!(not(target_os = "linux")) || run.stderr.contains("peak memory"), "{}", run.stderr);

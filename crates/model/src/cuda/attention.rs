@@ -409,23 +409,24 @@ fn by_head(gpu: &Gpu, config: &Config, kv_b: &StoredLinear, sizes: &LatentSizes)
     let (heads, key) = (sizes.num_heads, sizes.key());
     let mut absorb = gpu.zeros(Purpose::Weights, [heads, key, sizes.head])?;
     let mut expand = gpu.zeros(Purpose::Weights, [heads, sizes.value, sizes.latent])?;
-    let rows = kv_b.rows()?;
-    let mut values = vec![0.0; kv_lora_rank];
-    let mut down = vec![bf16::ZERO; key * sizes.head];
-    for element in 0..qk_rope_head_dim {
-        down[(sizes.latent + element) * sizes.head + nope + element] = bf16::ONE;
-    }
-    for head in 0..heads {
-        let first = head * (nope + v_head_dim);
+    let (rows, per_head) = (kv_b.rows()?, nope + v_head_dim);
+    let transposed = |values: &mut Vec<f32>, head: usize, out: &mut [bf16]| {
+        out.fill(bf16::ZERO);
         for column in 0..nope {
-            rows.read(first + column, &mut values);
+            rows.read(head * per_head + column, values);
             values.iter().enumerate().for_each(|(row, value)| {
-                down[row * sizes.head + column] = bf16::from_f32(*value);
+                out[row * sizes.head + column] = bf16::from_f32(*value);
             });
         }
-        gpu.stream.upload_into(&down, &mut absorb.part_mut(head * down.len(), [down.len()])?)?;
-        let at = head * sizes.value * sizes.latent;
-        gpu.write(&mut expand, at, kv_b, Axis::part(first + nope, v_head_dim), Axis::whole(kv_lora_rank))?;
+        for element in 0..qk_rope_head_dim {
+            out[(sizes.latent + element) * sizes.head + nope + element] = bf16::ONE;
+        }
+    };
+    let pieces = [heads, key * sizes.head];
+    gpu.staging().send(&gpu.stream, &mut absorb, 0, pieces, || vec![0.0; kv_lora_rank], transposed)?;
+    for head in 0..heads {
+        let (first, at) = (head * per_head + nope, head * sizes.value * sizes.latent);
+        gpu.write(&mut expand, at, kv_b, Axis::part(first, v_head_dim), Axis::whole(kv_lora_rank))?;
     }
     Ok([absorb, expand])
 }

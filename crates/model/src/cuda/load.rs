@@ -5,16 +5,12 @@ use anabranch::{
     reference::random_from,
 };
 use half::bf16;
-use rayon::prelude::*;
 
 use super::memory::{Buffer, Gpu, Purpose};
 use crate::{
     Result,
     weights::{Rows, Source, StoredLinear},
 };
-
-/// Elements that are converted at a time on the host: 16 MiB.
-const STAGED: usize = 8 << 20;
 
 /// What the kernels take: multiples of 16 bytes.
 pub(super) fn pad(size: usize) -> usize {
@@ -68,11 +64,17 @@ impl Axis {
     /// Values along the axis with the padding between them.
     pub(super) fn spread(&self, values: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
-        for block in 0..self.blocks {
-            let from = self.start + block * self.size;
-            out[block * self.padded..][..self.size].copy_from_slice(&values[from..from + self.size]);
-        }
+        self.lay(&mut out, |from, out| out.copy_from_slice(&values[from..from + out.len()]));
         out
+    }
+
+    /// Writes all of `out`: `copy` a block from where it begins in the checkpoint, zeros what pads it.
+    fn lay<T: Default>(&self, out: &mut [T], copy: impl Fn(usize, &mut [T])) {
+        for (block, out) in out.chunks_exact_mut(self.padded).enumerate() {
+            let (out, padding) = out.split_at_mut(self.size);
+            copy(self.start + block * self.size, out);
+            padding.fill_with(T::default);
+        }
     }
 }
 
@@ -105,7 +107,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Converts `count` rows from `first` on, on all cores, and copies them.
+    /// Copies `count` rows from `first` on.
     fn stage(
         &self,
         to: &mut Tensor<bf16>,
@@ -115,25 +117,8 @@ impl Gpu {
         columns: Axis,
         width: usize,
     ) -> Result<()> {
-        let pitch = columns.len();
-        let most = (STAGED / pitch.max(1)).clamp(1, count.max(1));
-        let mut staged = vec![bf16::ZERO; most * pitch];
-        for done in (0..count).step_by(most) {
-            let rows = most.min(count - done);
-            let staged = &mut staged[..rows * pitch];
-            staged.par_chunks_exact_mut(pitch).enumerate().for_each_init(
-                || vec![0.0; width],
-                |values, (row, out)| {
-                    from.read(first + done + row, values);
-                    for (block, out) in out.chunks_exact_mut(columns.padded).enumerate() {
-                        let values = &values[columns.start + block * columns.size..][..columns.size];
-                        out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(*value));
-                    }
-                },
-            );
-            self.stream.upload_into(staged, &mut to.part_mut(at + done * pitch, [rows * pitch])?)?;
-        }
-        Ok(())
+        let row = |values: &mut Vec<f32>, row, out: &mut [bf16]| lay(from, first + row, columns, values, out);
+        self.staging().send(&self.stream, to, at, [count, columns.len()], || vec![0.0; width], row)
     }
 
     /// A weight by itself.
@@ -144,9 +129,28 @@ impl Gpu {
     }
 }
 
+/// Lays a row out as the device has it: bf16, zeros for padding. `values` has room for a row in float32.
+fn lay(from: Rows<'_>, row: usize, columns: Axis, values: &mut [f32], out: &mut [bf16]) {
+    if let Some(stored) = from.bf16(row) {
+        columns.lay(out, |from, out| {
+            let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+            out.copy_from_slice(&stored[2 * from..][..out.len()]);
+        });
+    } else {
+        from.read(row, values);
+        columns.lay(out, |from, out| {
+            out.iter_mut().zip(&values[from..]).for_each(|(out, value)| *out = bf16::from_f32(*value));
+        });
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Axis;
+    use anabranch::{Dtype, reference::Matrix};
+    use half::{bf16, f16};
+
+    use super::{Axis, lay};
+    use crate::weights::Rows;
 
     #[test]
     fn axes_count_and_spread() {
@@ -157,5 +161,34 @@ mod tests {
         assert_eq!(spread[..4], [1.0, 2.0, 3.0, 0.0]);
         assert_eq!(spread[8..12], [4.0, 5.0, 6.0, 0.0]);
         assert_eq!(Axis::part(1, 2).spread(&[1.0, 2.0, 3.0])[..3], [2.0, 3.0, 0.0]);
+    }
+
+    /// Whatever a row is stored in, the buffer that it goes to held something else.
+    #[test]
+    fn rows_are_laid_out_whole() {
+        // Exact in every type, but for what bf16 rounds: 1 + 3 / 256 is a tie, to the even 1 + 4 / 256.
+        let values = [1.0 + 3.0 / 256.0, -2.0, 0.5, 3.0, -0.0, 1.5, 100.0, f32::INFINITY];
+        let expected = values.map(bf16::from_f32);
+        assert_eq!(expected[0].to_f32(), 1.0 + 4.0 / 256.0);
+        // Each after two rows of something else.
+        let stored = |row: Vec<u8>| [vec![0xaa; 2 * row.len()], row].concat();
+        let types = [
+            (Dtype::F32, stored(values.iter().flat_map(|value| value.to_le_bytes()).collect())),
+            (Dtype::F16, stored(values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect())),
+            (Dtype::Bf16, stored(expected.iter().flat_map(|value| value.to_le_bytes()).collect())),
+        ];
+        for (dtype, bytes) in &types {
+            let rows = Rows::Stored(Matrix::new(*dtype, 3, 8, bytes).unwrap());
+            for columns in [Axis::whole(8), Axis::part(1, 5), Axis::heads(2, 4), Axis::heads(4, 2), Axis::exact(3)] {
+                let mut out = vec![bf16::NAN; columns.len()];
+                lay(rows, 2, columns, &mut [0.0; 8], &mut out);
+                for (index, value) in out.iter().enumerate() {
+                    let (block, column) = (index / columns.padded, index % columns.padded);
+                    let stored = expected.get(columns.start + block * columns.size + column);
+                    let wanted = if column < columns.size { *stored.unwrap() } else { bf16::ZERO };
+                    assert_eq!(value.to_bits(), wanted.to_bits(), "{dtype}, {columns:?}, element {index}");
+                }
+            }
+        }
     }
 }

@@ -3,13 +3,14 @@
 use std::{
     ops::{Deref, DerefMut},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use anabranch::cuda::{Element, Shape, Stream, Tensor};
 
+use super::staging::Staging;
 use crate::{Error, Result};
 
 /// What memory is for.
@@ -33,11 +34,12 @@ pub struct GpuUsage {
     pub allocations: u64,
 }
 
-/// A stream, and the count of what is taken on it.
-#[derive(Debug, Clone)]
+/// A stream, the count of what is taken on it, and the way for weights to get there.
+#[derive(Debug)]
 pub(super) struct Gpu {
     pub(super) stream: Stream,
     meter: Arc<Meter>,
+    staging: Mutex<Staging>,
 }
 
 #[derive(Debug, Default)]
@@ -68,7 +70,7 @@ struct Held {
 
 impl Gpu {
     pub(super) fn new(stream: Stream) -> Self {
-        let gpu = Self { stream, meter: Arc::default() };
+        let gpu = Self { stream, meter: Arc::default(), staging: Mutex::default() };
         // The stream holds what cuBLASLt works in for as long as the model is there.
         match gpu.stream.cublaslt_workspace() as u64 {
             0 => {}
@@ -85,6 +87,11 @@ impl Gpu {
             workspace: most(Purpose::Workspace),
             allocations: self.meter.allocations.load(Ordering::Relaxed),
         }
+    }
+
+    pub(super) fn staging(&self) -> MutexGuard<'_, Staging> {
+        // Buffers are whole whatever happened to the thread that filled one.
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that are free now.

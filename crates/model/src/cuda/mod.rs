@@ -10,6 +10,7 @@ mod layers;
 mod load;
 mod memory;
 mod moe;
+mod staging;
 mod workspace;
 
 pub use attention::CudaAttention;
@@ -104,6 +105,12 @@ impl Backend for Cuda {
             let advice = format!("{:.1} billion would fit in bf16", free as f64 / 2e9);
             return Err(Error::GpuMemory { what, needed, free, advice });
         }
+        Ok(())
+    }
+
+    fn loaded(&self) -> Result<()> {
+        self.gpu.stream.synchronize()?;
+        self.gpu.staging().clear();
         Ok(())
     }
 
