@@ -7,7 +7,6 @@
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
 #include "ptx/grid_dependency.cuh"
-#include "ptx/prefetch.cuh"
 
 namespace anabranch::block {
 
@@ -28,14 +27,12 @@ struct NormArgs {
 
 // The weight's types: eight values at a vector's place.
 struct Bf16Weight {
-  static constexpr uint32_t kBytes = 2 * kVector;
   static __device__ __forceinline__ void read(float (&w)[kVector], const void* weight, uint32_t at) {
     unpack(w, static_cast<const uint4*>(weight)[at]);
   }
 };
 
 struct FloatWeight {
-  static constexpr uint32_t kBytes = 4 * kVector;
   static __device__ __forceinline__ void read(float (&w)[kVector], const void* weight, uint32_t at) {
     load(w, static_cast<const float4*>(weight) + 2 * at);
   }
@@ -59,11 +56,6 @@ __device__ __forceinline__ float sum_over(float x, uint32_t threads) {
 template <uint32_t kVectors, typename Weight>
 __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ NormArgs args) {
   ptx::launch_dependents();
-  // May come before the wait, even where the launch before writes the weight: the second-level cache is where it
-  // writes.
-  for (uint32_t line = threadIdx.x; line < args.vectors * Weight::kBytes / 128; line += blockDim.x) {
-    ptx::prefetch_l2(static_cast<const char*>(args.weight) + line * 128);
-  }
   ptx::wait_for_prerequisites();
   const uint32_t member = threadIdx.x % args.threads;
   const uint64_t row = uint64_t{blockIdx.x} * (blockDim.x / args.threads) + threadIdx.x / args.threads;

@@ -6,7 +6,6 @@
 
 #include "common/bf16.cuh"
 #include "common/warp.cuh"
-#include "ptx/prefetch.cuh"
 
 namespace anabranch {
 

@@ -45,7 +45,6 @@ struct Args {
   uint32_t num_rows;  // R = T K
   bool places;        // every block sorts the pairs for itself, in its shared memory
   uint32_t num_experts;
-  uint32_t num_shared;  // the last experts, which every token visits with its last slots
   uint32_t topk;
   uint32_t hidden;
   uint32_t intermediate;
@@ -126,9 +125,9 @@ constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
 }
 
 // A single token's kernel (one_token.cuh): warps of a block that multiply, and steps of 512 bytes that each has on
-// their way: 128 KiB a multiprocessor, where 40 would keep memory busy, for the time in which all wait for h.
-constexpr uint32_t kOneTokenWarps = 16;
-constexpr uint32_t kOneTokenSteps = 16;
+// their way: 120 KiB a multiprocessor, where 40 would keep memory busy, for the time in which all wait for h.
+constexpr uint32_t kOneTokenWarps = 24;
+constexpr uint32_t kOneTokenSteps = 10;
 
 // The steps, x, h, three barriers and a word.
 constexpr uint64_t one_token_bytes(const Problem& problem) {
@@ -155,7 +154,7 @@ constexpr Config choose_there(uint64_t tokens, uint64_t experts, uint64_t topk, 
                               uint64_t intermediate = 768) {
   return choose({tokens, experts, topk, hidden, intermediate, 227 * 1024});
 }
-static_assert(choose_there(1, 128, 8).tile == TileId::kOneToken && choose_there(1, 128, 8).stages == 16);
+static_assert(choose_there(1, 128, 8).tile == TileId::kOneToken && choose_there(1, 128, 8).stages == kOneTokenSteps);
 static_assert(choose_there(1, 8, 2, 4096, 14336).rows == 1 && choose_there(1, 256, 8, 7168, 2048).rows == 1);
 static_assert(choose_there(1, 64, 32, 4096, 14336).tile == TileId::kFew);
 static_assert(choose_there(2, 64, 6).tile == TileId::kFew && choose_there(2, 64, 6).token_tile == 8);

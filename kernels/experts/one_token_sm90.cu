@@ -28,7 +28,6 @@
 #include "ptx/gpu_scope.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/prefetch.cuh"
 #include "ptx/warpgroup.cuh"
 
 namespace anabranch::experts {
@@ -48,7 +47,6 @@ struct OneTokenArgs {
   uint32_t* gated;          // parts of h that are written, a block's each; zero before the launch
   uint32_t* begun;          // [blocks]: whether somebody does a block's part of h; zero before the launch
   uint32_t num_experts;
-  uint32_t num_shared;  // the last experts, which are the token's last too
   uint32_t topk;
   uint32_t hidden;
   uint32_t intermediate;
@@ -272,30 +270,6 @@ __device__ __forceinline__ void bring_vectors(const OneTokenArgs& args, const Pl
   }
 }
 
-// A part of the second-level cache's 50 MB: what the launch before leaves in it is of use too.
-constexpr uint64_t kAheadBytes = uint64_t{24} << 20;
-
-// Brings this block's share of some weights, of `most` bytes of them, to the second-level cache, where the launch
-// before would write them too.
-__device__ __forceinline__ void bring_ahead(const uint16_t* weights, uint64_t bytes, uint64_t most) {
-  constexpr uint32_t kLine = 128;
-  const char* const from = reinterpret_cast<const char*>(weights);
-  const uint64_t stride = uint64_t{gridDim.x} * kThreads * kLine;
-  for (uint64_t at = (uint64_t{blockIdx.x} * kThreads + threadIdx.x) * kLine; at < bytes && at < most; at += stride) {
-    ptx::prefetch_l2(from + at);
-  }
-}
-
-// The shared experts are the token's whatever the routing: while that is still worked on, memory has something to do.
-__device__ __forceinline__ void bring_shared_experts(const OneTokenArgs& args) {
-  const uint64_t matrix = uint64_t{args.hidden} * args.intermediate;
-  const uint64_t first = args.num_experts - args.num_shared;
-  const uint64_t gate_up = args.num_shared * 4 * matrix;
-  const uint64_t down = args.num_shared * 2 * matrix;
-  bring_ahead(args.gate_up + first * 2 * matrix, gate_up, kAheadBytes);
-  if (gate_up < kAheadBytes) bring_ahead(args.down + first * matrix, down, kAheadBytes - gate_up);
-}
-
 __global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_constant__ OneTokenArgs args) {
   extern __shared__ __align__(128) char shared[];
   const Places places(shared, args);
@@ -307,7 +281,6 @@ __global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_consta
   }
   __syncthreads();
   ptx::launch_dependents();
-  bring_shared_experts(args);
   ptx::wait_for_prerequisites();
   const uint32_t warp = threadIdx.x / kWarpSize;
   if (warp < kOneTokenWarps) {
@@ -332,7 +305,6 @@ AnabranchStatus launch_one_token(const Config& config, const Args& args, const v
   one.gated = args.next_item;
   one.begun = args.gated;
   one.num_experts = args.num_experts;
-  one.num_shared = args.num_shared;
   one.topk = args.topk;
   one.hidden = args.hidden;
   one.intermediate = args.intermediate;

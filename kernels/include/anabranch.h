@@ -478,7 +478,8 @@ typedef struct AnabranchLinearParams {
   const float* bias;
   // [T, n], on 4 bytes; overlaps nothing that is read.
   void* y;
-  // [d], on 16 bytes: what is multiplied is the RMS norm of x + delta, rounded to bf16 as the sum is before it. Null: x.
+  // [d], on 16 bytes: what is multiplied is the RMS norm of x + delta, rounded to bf16 as the sum is before it. Null:
+  // x.
   const float* norm_weight;
   // Not negative.
   float norm_eps;
@@ -486,6 +487,9 @@ typedef struct AnabranchLinearParams {
   const void* delta;
   // [T, d] bf16, on 16 bytes, or null: x + delta is written there, which is not x; only with norm_weight.
   void* sum;
+  // Not 0: no launch of this stream that may still run writes the weights, which are then read before these launches
+  // have ended. A model's weights once the stream was waited for after loading, for example.
+  uint32_t weights_settled;
 } AnabranchLinearParams;
 
 // Whether anabranch_linear takes so many tokens of this width on the current device. `takes` is a host pointer.

@@ -10,9 +10,9 @@
 // Reference: anabranch::reference::linear. Architecture: 8.0 and newer. Alignment: 16 bytes; d and n multiples of 8.
 //
 // A block has neighbouring rows of W, which its warps take by turns, each through a ring of its own
-// (common/row_stream.cuh). While the launch before is still at work, a block brings its first weights to the
-// second-level cache: weights may be written by that launch, for which this is no reading. Two blocks fit on a
-// multiprocessor, so that the next product's can do so while this one's are still there.
+// (common/row_stream.cuh). Two blocks share a multiprocessor: one's end overlaps with the other's. The rings begin
+// before the launch before has ended where the caller says that nobody writes the weights any more. (Bringing them to
+// the second-level cache instead, which needs no such word, makes everything slower.)
 //
 // Every block makes the norm for itself, while its first weights are on their way: a launch less before every product
 // that reads the residual stream. The sum is written by all blocks to another place than x, which they still read.
@@ -25,7 +25,6 @@
 #include "common/row_stream.cuh"
 #include "common/silu.cuh"
 #include "ptx/grid_dependency.cuh"
-#include "ptx/prefetch.cuh"
 
 namespace anabranch::linear {
 namespace {
@@ -36,11 +35,9 @@ constexpr uint32_t kMaxTokens = 4;
 constexpr uint32_t kMaxFeatures = 1u << 30;
 constexpr uint32_t kWarps = 16;
 constexpr uint32_t kThreads = kWarps * kWarpSize;
-// Steps on their way: 96 KiB a block, where 40 would keep memory busy.
-constexpr uint32_t kDepth = 12;
+// Steps on their way: 64 KiB a block, of which two share a multiprocessor.
+constexpr uint32_t kDepth = 8;
 constexpr uint32_t kRingBytes = kWarps * kDepth * kStepBytes;
-// What a block brings to the second-level cache ahead.
-constexpr uint32_t kAheadBytes = 128 * 1024;
 
 struct Args {
   const uint4* x;        // [T, vectors]
@@ -53,6 +50,7 @@ struct Args {
   uint32_t vectors;  // of 8 elements, of a row
   uint32_t columns;  // n
   bool wide_y;       // y is float32, else bf16
+  bool settled;      // weights may be read before the launches before this one have ended
 };
 
 // One warp's rows: those of every kWarps-th column of its block, gate and up by turns where there are two.
@@ -79,13 +77,6 @@ class WeightRows {
   bool is_up_next_ = false;
 };
 
-__device__ __forceinline__ void bring_ahead(const Args& args, const Share& share, uint32_t first_row, uint32_t most) {
-  constexpr uint32_t kLine = 128;
-  const char* rows = reinterpret_cast<const char*>(args.weights + uint64_t{first_row + share.first} * args.vectors);
-  const uint64_t bytes = uint64_t{share.count} * args.vectors * 16;
-  for (uint32_t at = threadIdx.x * kLine; at < most && at < bytes; at += kThreads * kLine) ptx::prefetch_l2(rows + at);
-}
-
 template <uint32_t kTokens>
 __device__ __forceinline__ void store(const Args& args, uint32_t column, const float (&sums)[kTokens]) {
   const uint32_t lane = threadIdx.x % kWarpSize;
@@ -106,15 +97,13 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 2 ? 2 : 1) multiply_rows(
   // The warps' rings, then x.
   extern __shared__ __align__(128) char shared[];
   const Share share(args.columns);
-  bring_ahead(args, share, 0, kSwiGlu ? kAheadBytes / 2 : kAheadBytes);
-  if (kSwiGlu) bring_ahead(args, share, args.columns, kAheadBytes / 2);
   ptx::launch_dependents();
-  ptx::wait_for_prerequisites();
-
   const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   RowStream<kDepth, WeightRows<kSwiGlu>> rows(ring + threadIdx.x / kWarpSize * kDepth * kStepBytes,
                                               WeightRows<kSwiGlu>(args, share));
-  rows.begin();
+  if (args.settled) rows.begin();
+  ptx::wait_for_prerequisites();
+  if (!args.settled) rows.begin();
   uint4* const x = reinterpret_cast<uint4*>(shared + kRingBytes);
   const uint32_t vectors = args.tokens * args.vectors;
   const bool norms = args.norm.weight != nullptr;
@@ -188,14 +177,20 @@ AnabranchStatus check(const AnabranchLinearParams& params, uint64_t shared_limit
 
 template <uint32_t kTokens, bool kSwiGlu>
 AnabranchStatus launch(const Args& args, cudaStream_t stream) {
-  int blocks = 0;
-  ANABRANCH_TRY(checked(multiprocessors(&blocks)));
+  int device = 0;
+  int multiprocessors = 0;
+  int shared = 0;
+  ANABRANCH_TRY(checked(cudaGetDevice(&device)));
+  ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)));
+  ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)));
   const auto kernel = multiply_rows<kTokens, kSwiGlu>;
   const uint32_t bytes = kRingBytes + kTokens * args.vectors * 16;
+  // A kibibyte of each block's is the system's.
+  const bool both = kTokens <= 2 && 2 * (bytes + kWarps * 4 + 1024) <= static_cast<uint32_t>(shared);
   ANABRANCH_TRY(
       checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))));
   cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<uint32_t>(blocks);
+  config.gridDim = static_cast<uint32_t>(both ? 2 * multiprocessors : multiprocessors);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
@@ -260,6 +255,7 @@ extern "C" AnabranchStatus anabranch_linear(const AnabranchLinearParams* params,
   args.tokens = static_cast<uint32_t>(params->num_tokens);
   args.vectors = params->in_features / kVector;
   args.columns = params->out_features;
+  args.settled = params->weights_settled != 0;
   args.wide_y = params->y_dtype == ANABRANCH_DTYPE_F32;
   return params->epilogue == ANABRANCH_EPILOGUE_SWIGLU ? linear::launch_for<true>(args, stream)
                                                        : linear::launch_for<false>(args, stream);

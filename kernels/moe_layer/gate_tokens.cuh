@@ -10,7 +10,6 @@
 #include "ptx/cluster.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/mma.cuh"
-#include "ptx/prefetch.cuh"
 #include "router/logits.cuh"
 
 namespace anabranch::moe_layer {
@@ -74,16 +73,7 @@ class GateProduct {
         first_(blockIdx.x * args.experts_a_block),
         chunks_((args.vectors + 3) / 4) {}
 
-  // Brings the block's gate rows to the second-level cache, where the launch before would write them too.
-  __device__ __forceinline__ void bring_ahead() const {
-    const uint32_t left = args_.front.router.num_experts - first_;
-    const uint32_t rows = left < args_.experts_a_block ? left : args_.experts_a_block;
-    const char* const from = reinterpret_cast<const char*>(args_.gate + uint64_t{first_} * args_.vectors);
-    const uint32_t bytes = rows * args_.vectors * 16;
-    for (uint32_t at = threadIdx.x * 128; at < bytes; at += kGateThreads * 128) ptx::prefetch_l2(from + at);
-  }
-
-  // Asks for the first of them.
+  // Asks for the first of the block's gate rows.
   __device__ __forceinline__ void hold() {
 #pragma unroll
     for (uint32_t i = 0; i < kHeld; ++i) held_[i].read(args_, first_ + row_, warp_ + i * kGateWarps);
@@ -173,7 +163,6 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_tokens(const __grid_cons
   ptx::cluster_arrive();
   ptx::launch_dependents();
   GateProduct product(args);
-  product.bring_ahead();
   ptx::wait_for_prerequisites();
   product.hold();
   const FrontArgs& front = args.front;

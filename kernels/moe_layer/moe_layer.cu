@@ -306,7 +306,6 @@ AnabranchStatus experts_sm90(const AnabranchMoeLayerParams& params, const Sizes&
   args.num_tokens = static_cast<uint32_t>(sizes.tokens);
   args.num_rows = static_cast<uint32_t>(sizes.pairs());
   args.num_experts = static_cast<uint32_t>(sizes.experts);
-  args.num_shared = params.shape.num_shared;
   args.topk = static_cast<uint32_t>(sizes.topk);
   args.hidden = params.shape.hidden_size;
   args.intermediate = params.shape.intermediate_size;

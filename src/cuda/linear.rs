@@ -109,6 +109,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
             norm_eps: 0.0,
             delta: std::ptr::null(),
             sum: std::ptr::null_mut(),
+            weights_settled: u32::from(stream.settled_weights()),
         };
         // SAFETY: as below.
         return launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) });
@@ -242,6 +243,7 @@ pub fn norm_linear_into<O: GemmOutput>(
         norm_eps: input.norm_eps,
         delta: delta.pointer.cast(),
         sum: sum.pointer.cast(),
+        weights_settled: u32::from(stream.settled_weights()),
     };
     // SAFETY: as in `linear_into`; the sum is borrowed mutably, and so is elsewhere than x.
     launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) })

@@ -24,6 +24,8 @@ pub struct Stream {
     recent: Arc<Mutex<VecDeque<&'static str>>>,
     /// Where it was asked for and is there.
     cublaslt: Arc<OnceLock<CublasLt>>,
+    /// Of this clone alone: [`Stream::with_settled_weights`].
+    settled_weights: bool,
 }
 
 /// Launches that are remembered: those of a few layers.
@@ -31,7 +33,7 @@ const REMEMBERED: usize = 64;
 
 impl Stream {
     pub(super) fn on(device: Device, stream: Arc<CudaStream>) -> Self {
-        Self { device, queue: stream, recent: Arc::default(), cublaslt: Arc::default() }
+        Self { device, queue: stream, recent: Arc::default(), cublaslt: Arc::default(), settled_weights: false }
     }
 
     /// Takes a stream that the caller made. Operations on it can be captured if cudarc's event tracking is off in its
@@ -62,6 +64,18 @@ impl Stream {
         self.queue.synchronize().map_err(|error| self.driver("synchronize", error))?;
         self.recent().clear();
         Ok(())
+    }
+
+    /// The same queue, for a caller who says that no launch on it that may still run writes the weights of the products that are
+    /// launched by way of this clone: a model's, once the stream was waited for after they were loaded. [`linear_into`](super::linear_into)
+    /// and [`norm_linear_into`](super::norm_linear_into) of a few tokens then begin to read them before the launches before have ended.
+    #[must_use]
+    pub fn with_settled_weights(&self) -> Self {
+        Self { settled_weights: true, ..self.clone() }
+    }
+
+    pub(super) fn settled_weights(&self) -> bool {
+        self.settled_weights
     }
 
     /// Lets cuBLASLt compute dense products of this stream and its clones from so many tokens on (a good number:

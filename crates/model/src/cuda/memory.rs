@@ -70,6 +70,8 @@ struct Held {
 
 impl Gpu {
     pub(super) fn new(stream: Stream) -> Self {
+        // Loading ends with a wait for them (`Backend::loaded`).
+        let stream = stream.with_settled_weights();
         let gpu = Self { stream, meter: Arc::default(), staging: Mutex::default() };
         // The stream holds what cuBLASLt works in for as long as the model is there.
         match gpu.stream.cublaslt_workspace() as u64 {
