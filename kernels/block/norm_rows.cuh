@@ -20,7 +20,7 @@ struct NormArgs {
   uint32_t num_rows;    // T * heads
   uint32_t heads;
   uint32_t vectors;  // of a row
-  uint32_t threads;  // that share a row: a power of two from 8 up; up to 32 several rows share a block
+  uint32_t threads;  // that share a row: a power of two from 8 to 32, several rows a block; or whole warps
   float width;
   float eps;
 };

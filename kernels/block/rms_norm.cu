@@ -33,13 +33,15 @@ struct NormShape {
 constexpr NormShape norm_shape(uint32_t vectors) {
   NormShape shape = {};
   shape.vectors_a_thread = vectors <= 32 ? 1 : vectors <= 128 ? 4 : vectors <= 2048 ? 2 : 8;
+  const uint32_t wanted = (vectors + shape.vectors_a_thread - 1) / shape.vectors_a_thread;
   shape.threads = 8;
-  while (shape.threads * shape.vectors_a_thread < vectors) shape.threads *= 2;
+  while (shape.threads < wanted && shape.threads < kWarpSize) shape.threads *= 2;
+  if (shape.threads < wanted) shape.threads = (wanted + kWarpSize - 1) / kWarpSize * kWarpSize;
   return shape;
 }
 
 static_assert(norm_shape(1).threads == 8 && norm_shape(16).threads == 16 && norm_shape(32).threads == 32);
-static_assert(norm_shape(64).threads == 16 && norm_shape(256).threads == 128 && norm_shape(896).threads == 512);
+static_assert(norm_shape(64).threads == 16 && norm_shape(256).threads == 128 && norm_shape(640).threads == 320);
 static_assert(norm_shape(kMaxWidth / kVector).threads == 1024);
 
 AnabranchStatus check(const AnabranchRmsNormParams& params) {

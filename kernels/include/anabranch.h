@@ -460,7 +460,7 @@ AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params,
 // A dense product of a few tokens: y = x W^T + b, or silu(gate) * up. With more tokens it is a grouped GEMM of one
 // expert.
 typedef struct AnabranchLinearParams {
-  // T, at most 4, fewer where x would not fit into a block's memory: see anabranch_linear_takes.
+  // T, at most 8, fewer where x would not fit into a block's memory: see anabranch_linear_takes.
   uint64_t num_tokens;
   // d, columns of x: a multiple of 8, 8 to 2^30.
   uint32_t in_features;
@@ -492,8 +492,11 @@ typedef struct AnabranchLinearParams {
   uint32_t weights_settled;
 } AnabranchLinearParams;
 
-// Whether anabranch_linear takes so many tokens of this width on the current device. `takes` is a host pointer.
-AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint32_t* takes);
+// Whether anabranch_linear takes so many tokens of this width on the current device, and is the way to do it: from 5
+// tokens on a grouped GEMM is faster for weights of 32 MiB or more. weight_rows: n, or 2 n with SwiGLU, below 2^32.
+// `takes` is a host pointer.
+AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint64_t weight_rows,
+                                       uint32_t* takes);
 
 // Multiplies. `params` is a host pointer, read before this returns.
 AnabranchStatus anabranch_linear(const AnabranchLinearParams* params, AnabranchStream stream);

@@ -4,7 +4,7 @@
 //
 // where x may be the RMS norm of what is given, after an addition: x[t] = norm(x'[t] + delta[t]).
 //
-//   x [T, d] bf16, T at most 4, W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or null -> y [T, n]
+//   x [T, d] bf16, T at most 8, W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or null -> y [T, n]
 //   bf16 or float32. Sums in float32, in an order that depends on d alone; another than grouped_gemm's.
 //
 // Reference: anabranch::reference::linear. Architecture: 8.0 and newer. Alignment: 16 bytes; d and n multiples of 8.
@@ -29,9 +29,11 @@
 namespace anabranch::linear {
 namespace {
 
-// A token takes two mma for a step's 512 bytes, which at eight tokens are all that a multiprocessor can issue while as
-// many bytes arrive.
-constexpr uint32_t kMaxTokens = 4;
+constexpr uint32_t kMaxTokens = 8;
+// A token takes two mma for a step's 512 bytes. With more than so many, a product of many bytes is bound by them, and
+// grouped_gemm is faster; one of few is not long enough for that one to get going.
+constexpr uint32_t kFewTokens = 4;
+constexpr uint64_t kFewBytes = uint64_t{32} << 20;
 constexpr uint32_t kMaxFeatures = 1u << 30;
 constexpr uint32_t kWarps = 16;
 constexpr uint32_t kThreads = kWarps * kWarpSize;
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 2 ? 2 : 1) multiply_rows(
 
 // The tokens that a kernel is made for.
 uint32_t rounded(uint64_t tokens) {
-  return tokens <= 1 ? 1 : tokens <= 2 ? 2 : 4;
+  return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : 8;
 }
 
 // Rings, x, and the warps' parts of the norm.
@@ -204,8 +206,10 @@ AnabranchStatus launch_for(const Args& args, cudaStream_t stream) {
       return launch<1, kSwiGlu>(args, stream);
     case 2:
       return launch<2, kSwiGlu>(args, stream);
-    default:
+    case 4:
       return launch<4, kSwiGlu>(args, stream);
+    default:
+      return launch<8, kSwiGlu>(args, stream);
   }
 }
 
@@ -221,11 +225,13 @@ AnabranchStatus limit(uint64_t* bytes) {
 }  // namespace
 }  // namespace anabranch::linear
 
-extern "C" AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint32_t* takes) {
+extern "C" AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint64_t weight_rows,
+                                                  uint32_t* takes) {
   using namespace anabranch;
   if (takes == nullptr) return ANABRANCH_STATUS_POINTER;
   *takes = 0;
-  if (num_tokens > linear::kMaxTokens) return ANABRANCH_STATUS_OK;
+  const uint64_t bytes = 2 * weight_rows * in_features;
+  if (num_tokens > (bytes < linear::kFewBytes ? linear::kMaxTokens : linear::kFewTokens)) return ANABRANCH_STATUS_OK;
   uint64_t most = 0;
   ANABRANCH_TRY(linear::limit(&most));
   *takes = linear::shared_bytes(num_tokens, in_features) <= most;

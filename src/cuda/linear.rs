@@ -65,7 +65,7 @@ fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: 
 /// gives the same bits. `2 T in out` FLOP or one read of the weight, whichever takes longer.
 ///
 /// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to
-/// 4 (fewer where they are very wide) have a kernel of their own, with [`Tile::Auto`] and the epilogue [`Epilogue::Linear`], or
+/// 4, and up to 8 where the weight has less than 32 MiB (fewer where they are very wide) have a kernel of their own, with [`Tile::Auto`] and the epilogue [`Epilogue::Linear`], or
 /// [`Epilogue::SwiGlu`] without a bias.
 ///
 /// Where the stream has cuBLASLt ([`Stream::enable_cublaslt`]), that computes what has neither bias nor epilogue, with [`Tile::Auto`],
@@ -94,7 +94,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
             return launch.end(sys::AnabranchStatus::ANABRANCH_STATUS_OK);
         }
     }
-    if takes_few(input.epilogue, input.bias.is_some(), num_tokens, inner)? && input.tile == Tile::Auto {
+    if takes_few(input.epilogue, input.bias.is_some(), num_tokens, [inner, out])? && input.tile == Tile::Auto {
         let params = sys::AnabranchLinearParams {
             num_tokens: num_tokens as u64,
             in_features: inner as u32,
@@ -137,7 +137,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
 }
 
 /// Whether the kernel for few tokens does this. A device must be current.
-fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, inner: usize) -> Result<bool> {
+fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, [inner, out]: [usize; 2]) -> Result<bool> {
     let known = match epilogue {
         Epilogue::Linear => true,
         Epilogue::SwiGlu => !bias,
@@ -147,8 +147,9 @@ fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, inner: usize) ->
         return Ok(false);
     }
     let mut takes = 0;
+    let rows = weight_rows(epilogue, out) as u64;
     // SAFETY: `takes` is a live value of its type.
-    let status = unsafe { sys::anabranch_linear_takes(num_tokens as u64, inner as u32, &raw mut takes) };
+    let status = unsafe { sys::anabranch_linear_takes(num_tokens as u64, inner as u32, rows, &raw mut takes) };
     launched(OPERATION, status)?;
     Ok(takes != 0)
 }
@@ -172,20 +173,20 @@ pub struct NormLinearInput<'a> {
     pub epilogue: Epilogue,
 }
 
-/// Whether [`norm_linear_into`] takes so many tokens of width `inner`: up to 4, fewer where they are very wide, with the
-/// epilogue [`Epilogue::Linear`], or [`Epilogue::SwiGlu`] without a bias.
+/// Whether [`norm_linear_into`] takes so many tokens of width `inner` to `out` columns: up to 4, up to 8 where the weight has less
+/// than 32 MiB, fewer where they are very wide, with the epilogue [`Epilogue::Linear`], or [`Epilogue::SwiGlu`] without a bias.
 ///
 /// # Errors
 /// [`Error::Driver`] or [`Error::Launch`] if the GPU does not answer.
 pub fn norm_linear_takes(
     stream: &Stream,
     num_tokens: usize,
-    inner: usize,
+    [inner, out]: [usize; 2],
     epilogue: Epilogue,
     bias: bool,
 ) -> Result<bool> {
     Launch::bind(NORM_OPERATION, stream.device())?;
-    takes_few(epilogue, bias, num_tokens, inner)
+    takes_few(epilogue, bias, num_tokens, [inner, out])
 }
 
 /// `y[T, out] = epilogue(norm(x + delta) W^T + b)` of a few tokens, and `sum = x + delta`, rounded to bf16: a block's residual
@@ -205,7 +206,7 @@ pub fn norm_linear_into<O: GemmOutput>(
     check_width(NORM_OPERATION, "in features", inner)?;
     let out = columns(NORM_OPERATION, input.epilogue, rows)?;
     let launch = Launch::begin(NORM_OPERATION, stream)?;
-    if !takes_few(input.epilogue, input.bias.is_some(), num_tokens, inner)? {
+    if !takes_few(input.epilogue, input.bias.is_some(), num_tokens, [inner, out])? {
         return Err(Error::Setting {
             operation: NORM_OPERATION,
             setting: "number of tokens, epilogue and bias",

@@ -67,11 +67,11 @@ impl Stream {
     }
 
     /// The same queue, for a caller who says that no launch on it that may still run writes the weights of the products that are
-    /// launched by way of this clone: a model's, once the stream was waited for after they were loaded. [`linear_into`](super::linear_into)
+    /// launched by way of this handle: a model's, once the stream was waited for after they were loaded. [`linear_into`](super::linear_into)
     /// and [`norm_linear_into`](super::norm_linear_into) of a few tokens then begin to read them before the launches before have ended.
     #[must_use]
-    pub fn with_settled_weights(&self) -> Self {
-        Self { settled_weights: true, ..self.clone() }
+    pub fn with_settled_weights(self) -> Self {
+        Self { settled_weights: true, ..self }
     }
 
     pub(super) fn settled_weights(&self) -> bool {

@@ -91,7 +91,7 @@ fn check<O: Output>(stream: &Stream, dense: &Dense, delta: bool) -> Result<(), S
 #[ignore = "needs a CUDA GPU"]
 fn agrees_with_the_reference_over_all_shapes() {
     on_gpu(|stream| {
-        let shapes = (1..=4_usize, 1..=70_usize, 1..=70_usize, 0..3_u8, any::<[bool; 2]>(), any::<u64>());
+        let shapes = (1..=8_usize, 1..=70_usize, 1..=70_usize, 0..3_u8, any::<[bool; 2]>(), any::<u64>());
         let tried = |(num_tokens, inner, out, kind, [delta, wide], seed): (_, usize, usize, u8, [bool; 2], _)| {
             let (epilogue, bias) =
                 [(Epilogue::Linear, false), (Epilogue::Linear, true), (Epilogue::SwiGlu, false)][usize::from(kind)];
@@ -108,8 +108,8 @@ fn agrees_with_the_reference_over_all_shapes() {
 #[ignore = "needs a CUDA GPU"]
 fn named_models() {
     on_gpu(|stream| {
-        for num_tokens in 0..=4 {
-            for (inner, out) in [(2048, 6144), (4096, 512), (7168, 576), (14_336, 64)] {
+        for num_tokens in 0..=8 {
+            for (inner, out) in [(2048, 6144), (4096, 512), (7168, 576)] {
                 let dense = Dense { num_tokens, inner, out, epilogue: Epilogue::Linear, bias: false, seed: 3 };
                 check::<bf16>(stream, &dense, true).unwrap();
             }
@@ -121,11 +121,12 @@ fn named_models() {
 #[ignore = "needs a CUDA GPU"]
 fn refuses_what_it_does_not_take() {
     on_gpu(|stream| {
-        let takes = |tokens, inner, epilogue, bias| norm_linear_takes(stream, tokens, inner, epilogue, bias).unwrap();
-        assert!(takes(4, 2048, Epilogue::Linear, true) && takes(1, 4096, Epilogue::SwiGlu, false));
-        let refused = [(5, Epilogue::Linear, false), (1, Epilogue::SwiGlu, true), (1, Epilogue::Gelu, false)];
+        let takes = |tokens, sizes, epilogue, bias| norm_linear_takes(stream, tokens, sizes, epilogue, bias).unwrap();
+        assert!(takes(8, [2048, 2048], Epilogue::Linear, true) && takes(4, [4096, 4096], Epilogue::SwiGlu, false));
+        assert!(!takes(5, [4096, 4096], Epilogue::Linear, false));
+        let refused = [(9, Epilogue::Linear, false), (1, Epilogue::SwiGlu, true), (1, Epilogue::Gelu, false)];
         for (num_tokens, epilogue, bias) in refused {
-            assert!(!takes(num_tokens, 64, epilogue, bias));
+            assert!(!takes(num_tokens, [64, 8], epilogue, bias));
             let dense = Dense { num_tokens, inner: 64, out: 8, epilogue, bias, seed: 1 };
             let error = run::<bf16>(stream, &dense, &Values::new(&dense, true)).unwrap_err();
             assert!(matches!(error, Error::Setting { operation: "norm_linear", .. }), "{error}");

@@ -124,7 +124,7 @@ impl Dense {
 
     /// Whether [`Dense::run_normed`] takes so many tokens.
     pub(super) fn takes_norm(&self, stream: &Stream, tokens: usize) -> Result<bool> {
-        Ok(norm_linear_takes(stream, tokens, self.inner(), self.epilogue, self.bias.is_some())?)
+        Ok(norm_linear_takes(stream, tokens, [self.inner(), self.out()], self.epilogue, self.bias.is_some())?)
     }
 
     /// [`Dense::run`] on `norm(x)`, or with an addition on `norm(x + delta)`, whose sum goes to where that says.
