@@ -176,8 +176,10 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_tokens(const __grid_cons
   // From here on, nobody reads the residual stream as it was.
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  if (rank > 0 || gridDim.x == 1)
+  // The blocks that do not route write; one alone does both.
+  if (rank > 0 || gridDim.x == 1) {
     write_tokens(args, places, x, rank > 0 ? rank - 1 : 0, gridDim.x > 1 ? gridDim.x - 1 : 1);
+  }
   if (rank > 0) return;
   router::Args router = front.router;
   router.logits = logits;

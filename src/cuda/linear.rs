@@ -65,8 +65,9 @@ fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: 
 /// gives the same bits. `2 T in out` FLOP or one read of the weight, whichever takes longer.
 ///
 /// The kernels' own product is one launch, and sums in an order that depends on the inner width and on whether there are few tokens: up to
-/// 4, and up to 8 where the weight has less than 32 MiB (fewer where they are very wide) have a kernel of their own, with [`Tile::Auto`] and the epilogue [`Epilogue::Linear`], or
-/// [`Epilogue::SwiGlu`] without a bias.
+/// 4, and up to 8 where the weight has less than 32 MiB (fewer where they are very wide) have a kernel of their own, with [`Tile::Auto`]
+/// and the epilogue [`Epilogue::Linear`], or [`Epilogue::SwiGlu`] without a bias. It begins to read the weight early on a stream
+/// [with settled weights](Stream::with_settled_weights).
 ///
 /// Where the stream has cuBLASLt ([`Stream::enable_cublaslt`]), that computes what has neither bias nor epilogue, with [`Tile::Auto`],
 /// from the number of tokens on that the stream was given, except for shapes that it has no repeatable algorithm for: in one launch or

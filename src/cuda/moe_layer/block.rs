@@ -54,7 +54,7 @@ impl MoeLayer {
     /// as [`add_rms_norm_into`](crate::cuda::add_rms_norm_into), [`router_logits_into`](crate::cuda::router_logits_into) and
     /// [`MoeLayer::forward_into`] do one after another, whose results these are up to the order of the norm's sum. With
     /// up to 8 tokens and 256 experts on a GPU of capability 9.0 all that comes before the expert products is one
-    /// launch instead of three: some 6 us of a decode step's layer.
+    /// launch instead of three: 3 us less of a decode step's layer on an H200.
     ///
     /// # Errors
     /// Those of the three, under the name `moe_block`.
