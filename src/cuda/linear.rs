@@ -96,22 +96,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
         }
     }
     if takes_few(input.epilogue, input.bias.is_some(), num_tokens, [inner, out])? && input.tile == Tile::Auto {
-        let params = sys::AnabranchLinearParams {
-            num_tokens: num_tokens as u64,
-            in_features: inner as u32,
-            out_features: out as u32,
-            epilogue: epilogue(input.epilogue),
-            y_dtype: O::DTYPE,
-            x: x.pointer.cast(),
-            weights: weight.pointer.cast(),
-            bias: bias.pointer,
-            y: y.pointer.cast(),
-            norm_weight: std::ptr::null(),
-            norm_eps: 0.0,
-            delta: std::ptr::null(),
-            sum: std::ptr::null_mut(),
-            weights_settled: u32::from(stream.settled_weights()),
-        };
+        let params = few(stream, [num_tokens, inner, out], input.epilogue, (&x, &weight, &bias, &y));
         // SAFETY: as below.
         return launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) });
     }
@@ -153,6 +138,31 @@ fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, [inner, out]: [u
     let status = unsafe { sys::anabranch_linear_takes(num_tokens as u64, inner as u32, rows, &raw mut takes) };
     launched(OPERATION, status)?;
     Ok(takes != 0)
+}
+
+/// The kernel for few tokens on x, weight, bias and y, without a norm.
+fn few<O: GemmOutput>(
+    stream: &Stream,
+    [num_tokens, inner, out]: [usize; 3],
+    done: Epilogue,
+    (x, weight, bias, y): (&Pointer<'_, bf16>, &Pointer<'_, bf16>, &Pointer<'_, f32>, &Pointer<'_, O>),
+) -> sys::AnabranchLinearParams {
+    sys::AnabranchLinearParams {
+        num_tokens: num_tokens as u64,
+        in_features: inner as u32,
+        out_features: out as u32,
+        epilogue: epilogue(done),
+        y_dtype: O::DTYPE,
+        x: x.pointer.cast(),
+        weights: weight.pointer.cast(),
+        bias: bias.pointer,
+        y: y.pointer.cast(),
+        norm_weight: std::ptr::null(),
+        norm_eps: 0.0,
+        delta: std::ptr::null(),
+        sum: std::ptr::null_mut(),
+        weights_settled: u32::from(stream.settled_weights()),
+    }
 }
 
 /// What [`norm_linear_into`] reads.
@@ -232,20 +242,11 @@ pub fn norm_linear_into<O: GemmOutput>(
     };
     let y = launch.write("y", y, [num_tokens, out])?;
     let params = sys::AnabranchLinearParams {
-        num_tokens: num_tokens as u64,
-        in_features: inner as u32,
-        out_features: out as u32,
-        epilogue: epilogue(input.epilogue),
-        y_dtype: O::DTYPE,
-        x: x.pointer.cast(),
-        weights: weight.pointer.cast(),
-        bias: bias.pointer,
-        y: y.pointer.cast(),
         norm_weight: norm_weight.pointer,
         norm_eps: input.norm_eps,
         delta: delta.pointer.cast(),
         sum: sum.pointer.cast(),
-        weights_settled: u32::from(stream.settled_weights()),
+        ..few(stream, [num_tokens, inner, out], input.epilogue, (&x, &weight, &bias, &y))
     };
     // SAFETY: as in `linear_into`; the sum is borrowed mutably, and so is elsewhere than x.
     launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) })
