@@ -709,6 +709,112 @@ typedef struct AnabranchMoeBlockParams {
 
 AnabranchStatus anabranch_moe_block(const AnabranchMoeBlockParams* params, AnabranchStream stream);
 
+// ---- decode_step: all layers of one token ----
+
+// Most layers of a decode step.
+#define ANABRANCH_DECODE_LAYERS 96
+
+// A layer's weights and cache; matrices are bf16, aligned to 16, norms' weights aligned to 8. H heads of queries, G of
+// keys. In latent attention a query of q_dim elements becomes, by `absorb`, one of key_dim that attends to the cached
+// rows, whose first value_dim elements are the values, and what comes out goes through `expand`.
+typedef struct AnabranchDecodeLayer {
+  // [d].
+  const float* attention_norm;
+  // Queries, keys, values: [(H + 2 G) key_dim, d]. Latent: queries, [H q_dim, d].
+  const void* q;
+  // Latent: [key_dim, d]. Else null.
+  const void* kv;
+  // Of each head, [key_dim], or null. Latent: k_norm is the latent's, [value_dim].
+  const float* q_norm;
+  const float* k_norm;
+  // Latent: [H, key_dim, q_dim] and [H, o_dim, value_dim]. Else null.
+  const void* absorb;
+  const void* expand;
+  // [d, H o_dim].
+  const void* output;
+  // [rows, G, key_dim] and [rows, G, value_dim]; latent: [rows, key_dim] and null.
+  void* k_cache;
+  void* v_cache;
+  // [d].
+  const float* feed_forward_norm;
+  // [E, d]; null in a layer without experts.
+  const void* gate;
+  // [E], steers selection only, or null.
+  const float* selection_bias;
+  // [E + S, 2 n, d] and [E + S, d, n], as anabranch_moe_layer has them; without experts [2 n, d] and [d, n].
+  const void* gate_up;
+  const void* down;
+} AnabranchDecodeLayer;
+
+// What all layers share.
+typedef struct AnabranchDecodeShape {
+  // At most ANABRANCH_DECODE_LAYERS.
+  uint32_t num_layers;
+  // d, a multiple of 8, at most 6144.
+  uint32_t hidden_size;
+  float norm_eps;
+  // H and G; H is at most 16 G. Latent: G = 1.
+  uint32_t num_heads;
+  uint32_t num_kv_heads;
+  // Multiples of 16 and of 8; at most 128, latent: 576 and 512.
+  uint32_t key_dim;
+  uint32_t value_dim;
+  // Latent: elements of a projected query head and of a head's output, multiples of 8. Else 0.
+  uint32_t q_dim;
+  uint32_t o_dim;
+  float scale;
+  // Of q_norm and k_norm.
+  float head_norm_eps;
+  AnabranchRopeLayout layout;
+  // Elements of a head that are rotated, and the first of them; latent: from value_dim to the head's end.
+  uint32_t rotary_dim;
+  uint32_t rotary_first;
+  float attention_factor;
+  // Of layers with experts; E is even and at most 256. Without such layers, num_experts is 0.
+  AnabranchRouting routing;
+  // S: every token visits them with weight one.
+  uint32_t num_shared;
+  // n of an expert, and of a layer without experts (0 if there is none); multiples of 8.
+  uint32_t intermediate_size;
+  uint32_t dense_size;
+} AnabranchDecodeShape;
+
+// One token through all layers, in one launch:
+//
+//   x += attention(norm(x));   x += feed_forward(norm(x));   and so for every layer
+//
+// Attention reads and writes one sequence's paged cache, as anabranch_attention and anabranch_rope do.
+typedef struct AnabranchDecodeStepParams {
+  AnabranchDecodeShape shape;
+  // [num_layers], the host's; read before the call returns.
+  const AnabranchDecodeLayer* layers;
+  // [rotary_dim / 2].
+  const float* frequencies;
+  // On the device, one word each: the token's position, its row of every layer's cache (outside of it, nothing is
+  // written), the sequence's length with it, and where its table begins.
+  const int32_t* position;
+  const int32_t* cache_row;
+  const uint32_t* kv_length;
+  const uint32_t* table_start;
+  // [table_len]: blocks of block_size rows, a power of two of at least 64.
+  const uint32_t* block_table;
+  uint64_t table_len;
+  uint32_t block_size;
+  uint64_t cache_rows;
+  // [d] bf16, aligned to 16: the residual stream, in place.
+  void* x;
+  // Aligned to 256. Zero before the first launch, and left alone between launches, one after another.
+  void* workspace;
+  uint64_t workspace_bytes;
+} AnabranchDecodeStepParams;
+
+// Whether the current device, of compute capability 9.0, does such steps: every block of the launch has a
+// multiprocessor. `bytes` is the workspace. All pointers are the host's.
+AnabranchStatus anabranch_decode_step_takes(const AnabranchDecodeShape* shape, uint32_t* takes, uint64_t* bytes);
+
+// `params` is a host pointer, read before this returns. A cooperative launch: it begins when the whole GPU is free.
+AnabranchStatus anabranch_decode_step(const AnabranchDecodeStepParams* params, AnabranchStream stream);
+
 // ---- plan: only in the C library ----
 //
 // A plan is a layer's shape, checked once, for one GPU. It does not change once made: any number of threads may use one

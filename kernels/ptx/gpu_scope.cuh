@@ -23,4 +23,19 @@ __device__ __forceinline__ uint32_t ld_acquire(const uint32_t* address) {
   return value;
 }
 
+// Eight bytes at once, ordered with nothing else.
+__device__ __forceinline__ void st_relaxed(unsigned long long* address, unsigned long long value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// Two times eight bytes, on 16.
+__device__ __forceinline__ void st_relaxed_2(unsigned long long* address, unsigned long long a, unsigned long long b) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(a), "l"(b) : "memory");
+}
+
+__device__ __forceinline__ void ld_relaxed_2(const unsigned long long* address, unsigned long long& a,
+                                             unsigned long long& b) {
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(address) : "memory");
+}
+
 }  // namespace anabranch::ptx

@@ -12,6 +12,7 @@ mod attention;
 mod checks;
 mod combine;
 mod cublaslt;
+mod decode_step;
 mod device;
 mod graph;
 mod grouped_gemm;
@@ -38,6 +39,7 @@ pub use combine::{CombineInput, combine, combine_into};
 pub use cublaslt::cublaslt_version;
 /// The release of cudarc whose contexts, streams and buffers are taken here.
 pub use cudarc;
+pub use decode_step::{DecodeLayer, DecodeProjections, DecodeRouter, DecodeSequence, DecodeShape, DecodeStep};
 pub use device::Device;
 pub use graph::{Graph, Recording};
 pub use grouped_gemm::{Epilogue, Gather, GemmOutput, GroupedGemmInput, Tile, grouped_gemm, grouped_gemm_into};

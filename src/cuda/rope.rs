@@ -36,6 +36,11 @@ impl RopeTable {
     pub fn rope(&self) -> &Rope {
         &self.rope
     }
+
+    /// `[rotary_dim / 2]`.
+    pub(super) fn frequencies(&self) -> View<'_, f32> {
+        self.frequencies.view()
+    }
 }
 
 /// An RMS norm of the first elements of every head, as many as `weight` has: all of them, or a cached row's latent before its

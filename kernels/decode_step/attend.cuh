@@ -1,0 +1,555 @@
+// Attention of one token within a decode step: its heads' norm and rotation, the new key and value into the cache, and
+// the sums over all keys. A block has a key head and some tiles of its keys, the first of which are on their way while
+// the queries are still being worked out. Where blocks share a key head, each merges a slice of its sums.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/bf16.cuh"
+#include "decode_step/args.cuh"
+#include "decode_step/words.cuh"
+#include "experts/wait.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/ldmatrix_trans.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/warpgroup.cuh"
+
+namespace anabranch::decode_step {
+
+// Tiles of keys that a block takes alone rather than share them and wait for a merge.
+constexpr uint32_t kTilesAlone = 3;
+
+struct Angles {
+  float cos[kMaxRotated];
+  float sin[kMaxRotated];
+};
+
+// Static shared memory of attention.
+struct AttendShared {
+  Angles angles;
+  float maximum[kRows];  // of the rows' scores so far
+  float sum[kRows];      // of their weights
+  float correction[kRows];
+  alignas(8) uint64_t there[2];  // barriers: a stage's keys and values have been copied
+};
+
+// A head's elements as they come: `from` floats in shared memory, normed where there is a weight.
+struct Fresh {
+  const float* from;
+  const float* weight;
+  uint32_t width;  // of the norm
+  float scale;
+
+  __device__ __forceinline__ float read(uint32_t at) const {
+    const float x = from[at];
+    return weight != nullptr && at < width ? x * scale * weight[at] : x;
+  }
+};
+
+// The sequence, of which nothing outside of the table and the cache is touched, whatever the device's numbers say.
+struct OneSequence {
+  uint32_t keys;
+  uint32_t table;
+
+  __device__ __forceinline__ explicit OneSequence(const attention::Args& args) {
+    table = min(*args.table_starts, args.table_len);
+    const uint64_t held = static_cast<uint64_t>(args.table_len - table) << args.block_shift;
+    keys = static_cast<uint32_t>(min(static_cast<uint64_t>(*args.kv_lengths), min(held, uint64_t{INT32_MAX})));
+  }
+
+  __device__ __forceinline__ uint32_t block(const attention::Args& args, uint32_t position) const {
+    return args.block_table[table + (position >> args.block_shift)];
+  }
+};
+
+template <bool kLatent>
+class Attend {
+  using Tile = TileOf<kLatent>;
+  static constexpr uint32_t kKeys = Tile::kKeys;
+  static constexpr uint32_t kStages = Tile::kStages;
+  // Tiles of eight keys that are scored at a time, and parts that a score's elements are cut into.
+  static constexpr uint32_t kScored = kKeys / 8;
+  static constexpr uint32_t kParts = kWarps / kScored;
+  // Tiles of eight elements of the values that a warp sums at most.
+  static constexpr uint32_t kSummed = ((kLatent ? 512 : 128) / 8 + kWarps - 1) / kWarps;
+
+ public:
+  __device__ __forceinline__ Attend(const Args& args, const Places& places, char* arena, AttendShared& shared)
+      : args_(args), a_(args.attention), places_(places), arena_(arena), shared_(shared), sequence_(a_) {
+    tiles_ = (sequence_.keys + kKeys - 1) / kKeys;
+    const uint32_t most = gridDim.x / a_.num_kv_heads;
+    const uint32_t each = tiles_ <= kTilesAlone ? tiles_ : (tiles_ + most - 1) / most;
+    splits_ = tiles_ == 0 ? 1 : (tiles_ + each - 1) / each;
+    head_ = blockIdx.x / splits_;
+    split_ = blockIdx.x - head_ * splits_;
+    first_ = split_ * each;
+    end_ = min(tiles_, first_ + each);
+    works_ = head_ < a_.num_kv_heads;
+    key_pitch_ = pitch_of(a_.key_dim);
+    value_pitch_ = kLatent ? key_pitch_ : pitch_of(a_.value_dim);
+  }
+
+  __device__ __forceinline__ bool works() const { return works_; }
+
+  // Once, before the first layer.
+  __device__ __forceinline__ void prepare() {
+    const float position = static_cast<float>(*args_.position);
+    for (uint32_t pair = threadIdx.x; pair < args_.heads.pairs; pair += kThreads) {
+      const double turns = static_cast<double>(position * args_.heads.frequencies[pair]) * 0.15915494309189535;
+      float sin;
+      float cos;
+      sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sin, &cos);
+      shared_.angles.cos[pair] = cos * args_.heads.attention_factor;
+      shared_.angles.sin[pair] = sin * args_.heads.attention_factor;
+    }
+    if (threadIdx.x == 0) {
+      for (uint32_t stage = 0; stage < kStages; ++stage) ptx::mbarrier_init(barrier(stage), 1);
+      ptx::fence_mbarrier_init();
+    }
+  }
+
+  // Asks for the first tiles of keys and values. One warp calls it, when nobody reads what lies in their place.
+  __device__ __forceinline__ void begin(const AnabranchDecodeLayer& layer) {
+    if (!works_) return;
+    for (uint32_t tile = first_; tile < min(end_, first_ + kStages); ++tile) load(layer, tile);
+  }
+
+  // From projected words to attended ones. Whole blocks call it.
+  __device__ __forceinline__ void run(const AnabranchDecodeLayer& layer, uint32_t epoch) {
+    if (!works_) return;
+    receive_heads(epoch);
+    __syncthreads();
+    prepare_heads(layer);
+    float sums[kSummed][4] = {};
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    if (threadIdx.x < kRows) {
+      shared_.maximum[threadIdx.x] = -INFINITY;
+      shared_.sum[threadIdx.x] = 0.0f;
+    }
+    for (uint32_t tile = first_; tile < end_; ++tile) {
+      const uint32_t stage = (tile - first_) % kStages;
+      experts::wait(barrier(stage), parity_ >> stage & 1);
+      parity_ ^= 1u << stage;
+      __syncthreads();
+      if (tile + 1 == tiles_) {
+        finish_tile(stage, tile);
+        __syncthreads();
+      }
+      score(stage);
+      __syncthreads();
+      weigh(tile);
+      __syncthreads();
+      add_values(sums, stage);
+      if (tile + kStages < end_) {
+        __syncthreads();
+        if (warp == 0) {
+          ptx::fence_shared_proxy();
+          load(layer, tile + kStages);
+        }
+      }
+    }
+    __syncthreads();
+    if (splits_ == 1) {
+      write(sums, epoch);
+      // What comes next to this place is others' vectors.
+      __syncthreads();
+      return;
+    }
+    write_parts(sums, epoch);
+    merge(epoch);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t barrier(uint32_t stage) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&shared_.there[stage]));
+  }
+  __device__ __forceinline__ uint32_t address(uint32_t place) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(arena_)) + place;
+  }
+  template <class T>
+  __device__ __forceinline__ T* at(uint32_t place) const {
+    return reinterpret_cast<T*>(arena_ + place);
+  }
+  __device__ __forceinline__ uint32_t key_row(uint32_t stage, uint32_t row) const {
+    return places_.keys + (stage * kKeys + row) * key_pitch_;
+  }
+  __device__ __forceinline__ uint32_t value_row(uint32_t stage, uint32_t row) const {
+    return kLatent ? key_row(stage, row) : places_.values + (stage * kKeys + row) * value_pitch_;
+  }
+  __device__ __forceinline__ bool has_new() const { return end_ == tiles_ && tiles_ > 0; }
+  // The new key and value, in bf16 until their tile is there, follow the queries.
+  __device__ __forceinline__ uint32_t query_row(uint32_t row) const { return places_.query + row * key_pitch_; }
+  __device__ __forceinline__ float* fresh_key() const {
+    return at<float>(places_.fresh) + a_.group * Places::fresh_dim<kLatent>(args_);
+  }
+
+  // One warp asks for a tile's keys and values, as far as they are in the cache.
+  __device__ __forceinline__ void load(const AnabranchDecodeLayer& layer, uint32_t tile) {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t stage = (tile - first_) % kStages;
+    const uint32_t stored = sequence_.keys - 1;
+    const uint32_t first = tile * kKeys;
+    const uint32_t count = first < stored ? min(kKeys, stored - first) : 0;
+    const uint32_t key_bytes = a_.key_dim * 2;
+    const uint32_t value_bytes = kLatent ? 0 : a_.value_dim * 2;
+    if (lane == 0) ptx::mbarrier_arrive_expect(barrier(stage), count * (key_bytes + value_bytes));
+    __syncwarp();
+    for (uint32_t row = lane; row < count; row += kWarpSize) {
+      const uint32_t position = first + row;
+      const uint64_t from = attention::cache_row(a_, sequence_.block(a_, position), position);
+      const uint16_t* const keys = static_cast<const uint16_t*>(layer.k_cache);
+      ptx::bulk_copy(address(key_row(stage, row)), keys + from * a_.key_stride + head_ * a_.key_dim, key_bytes,
+                     barrier(stage));
+      if constexpr (!kLatent) {
+        const uint16_t* const values = static_cast<const uint16_t*>(layer.v_cache);
+        ptx::bulk_copy(address(value_row(stage, row)), values + from * a_.value_stride + head_ * a_.value_dim,
+                       value_bytes, barrier(stage));
+      }
+    }
+  }
+
+  // Queries of the group, and where they are this block's, the new key and value.
+  __device__ __forceinline__ void receive_heads(uint32_t epoch) {
+    float* const fresh = at<float>(places_.fresh);
+    const uint32_t queries = a_.group * a_.key_dim;
+    const uint32_t first = head_ * queries;
+    const auto store_two = [](float* to) {
+      return [to](uint32_t pair, Two two) {
+        *reinterpret_cast<float2*>(to + 2 * pair) = make_float2(__uint_as_float(two.first), __uint_as_float(two.second));
+      };
+    };
+    uint32_t key = (a_.num_heads + head_) * a_.key_dim;
+    if constexpr (kLatent) {
+      const uint32_t rotated = args_.heads.first;
+      const uint32_t fresh_dim = Places::fresh_dim<kLatent>(args_);
+      receive_pairs<4>(args_.words.absorbed + first / 2, threadIdx.x, kThreads, queries / 4, epoch,
+                       [&](uint32_t pair, Two two) {
+                         const uint32_t row = 4 * pair / a_.key_dim;
+                         const uint32_t element = 4 * pair - row * a_.key_dim;
+                         if (element < rotated) {
+                           *reinterpret_cast<uint2*>(arena_ + query_row(row) + element * 2) =
+                               make_uint2(two.first, two.second);
+                         } else {
+                           *reinterpret_cast<float4*>(fresh + row * fresh_dim + element - rotated) = make_float4(
+                               __uint_as_float(two.first << 16), __uint_as_float(two.first & 0xffff0000u),
+                               __uint_as_float(two.second << 16), __uint_as_float(two.second & 0xffff0000u));
+                         }
+                       });
+      key = a_.num_heads * args_.q_dim;
+    } else {
+      receive_pairs<2>(args_.words.projected + first, threadIdx.x, kThreads, queries / 2, epoch, store_two(fresh));
+    }
+    // Rows of the tile that are no head's.
+    const uint32_t vectors = key_pitch_ / 16;
+    for (uint32_t i = a_.group * vectors + threadIdx.x; i < kRows * vectors; i += kThreads) {
+      *at<uint4>(places_.query + i * 16) = uint4{};
+    }
+    if (!has_new()) return;
+    receive_pairs<1>(args_.words.projected + key, threadIdx.x, kThreads, a_.key_dim / 2, epoch, store_two(fresh_key()));
+    if constexpr (!kLatent) {
+      const uint32_t value = (a_.num_heads + a_.num_kv_heads) * a_.key_dim + head_ * a_.value_dim;
+      receive_pairs<1>(args_.words.projected + value, threadIdx.x, kThreads, a_.value_dim / 2, epoch,
+                       store_two(fresh_key() + a_.key_dim));
+    }
+  }
+
+  // Norm and rotation, a warp a head.
+  __device__ __forceinline__ void prepare_heads(const AnabranchDecodeLayer& layer) {
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t fresh_dim = Places::fresh_dim<kLatent>(args_);
+    const uint32_t row = static_cast<uint32_t>(*args_.cache_row);
+    const bool cached = row < a_.num_blocks << a_.block_shift;
+    for (uint32_t head = warp; head < a_.group; head += kWarps) {
+      Fresh from = {at<float>(places_.fresh) + head * fresh_dim, layer.q_norm, a_.key_dim, 0.0f};
+      if constexpr (kLatent) {
+        // What is not rotated is in its place.
+        rotate(from, args_.heads.first, 0, at<uint16_t>(query_row(head)), nullptr);
+      } else {
+        from.scale = norm_scale(from);
+        rotate(from, 0, a_.key_dim, at<uint16_t>(query_row(head)), nullptr);
+      }
+    }
+    if (!has_new()) return;
+    if (warp == a_.group % kWarps) {
+      Fresh from = {fresh_key(), layer.k_norm, kLatent ? a_.value_dim : a_.key_dim, 0.0f};
+      from.scale = norm_scale(from);
+      uint16_t* const cache = static_cast<uint16_t*>(layer.k_cache);
+      rotate(from, 0, a_.key_dim, at<uint16_t>(query_row(kRows)),
+             cached ? cache + uint64_t{row} * a_.key_stride + head_ * a_.key_dim : nullptr);
+    }
+    if constexpr (!kLatent) {
+      if (warp == (a_.group + 1) % kWarps) {
+        const float* const from = fresh_key() + a_.key_dim;
+        uint16_t* const to = at<uint16_t>(query_row(kRows + 1));
+        uint16_t* const cache =
+            static_cast<uint16_t*>(layer.v_cache) + uint64_t{row} * a_.value_stride + head_ * a_.value_dim;
+        for (uint32_t i = lane; i < a_.value_dim; i += kWarpSize) {
+          to[i] = float_to_bf16(from[i]);
+          if (cached) cache[i] = to[i];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float norm_scale(const Fresh& head) const {
+    if (head.weight == nullptr) return 1.0f;
+    float sum = 0.0f;
+    for (uint32_t i = threadIdx.x % kWarpSize; i < head.width; i += kWarpSize) {
+      sum = fmaf(head.from[i], head.from[i], sum);
+    }
+    return 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head.width) + args_.heads.eps);
+  }
+
+  // A head whose elements from `base` on are in `from`: `dim` of them, or those that are rotated alone, to shared
+  // memory and, where there is one, to the cache.
+  __device__ __forceinline__ void rotate(const Fresh& from, uint32_t base, uint32_t dim, uint16_t* to,
+                                         uint16_t* cache) const {
+    const Heads& heads = args_.heads;
+    const uint32_t first = heads.first - base;
+    const uint32_t end = dim == 0 ? heads.pairs : dim - heads.pairs;
+    const auto store = [&](uint32_t element, float x) {
+      to[base + element] = float_to_bf16(x);
+      if (cache != nullptr) cache[base + element] = float_to_bf16(x);
+    };
+    for (uint32_t item = threadIdx.x % kWarpSize; item < end; item += kWarpSize) {
+      if (item < heads.pairs) {
+        const uint32_t i = first + (heads.interleaved ? 2 * item : item);
+        const uint32_t j = i + (heads.interleaved ? 1 : heads.pairs);
+        const float x = from.read(i);
+        const float y = from.read(j);
+        const float cos = shared_.angles.cos[item];
+        const float sin = shared_.angles.sin[item];
+        store(i, x * cos - y * sin);
+        store(j, y * cos + x * sin);
+      } else {
+        const uint32_t column = item - heads.pairs;
+        const uint32_t element = column + (column < first ? 0 : 2 * heads.pairs);
+        store(element, from.read(element));
+      }
+    }
+  }
+
+  // The last tile: the new key and value take their rows, and values past the end are zeros, which their weights are too.
+  __device__ __forceinline__ void finish_tile(uint32_t stage, uint32_t tile) {
+    const uint32_t last = sequence_.keys - 1 - tile * kKeys;
+    const auto fill = [&](uint32_t place, uint32_t pitch, uint32_t bytes, uint32_t from) {
+      const uint32_t vectors = bytes / 16;
+      for (uint32_t i = threadIdx.x; i < (kKeys - last) * vectors; i += kThreads) {
+        const uint32_t row = i / vectors;
+        const uint32_t at_vector = (i - row * vectors) * 16;
+        *at<uint4>(place + row * pitch + at_vector) = row == 0 ? *at<uint4>(from + at_vector) : uint4{};
+      }
+    };
+    fill(key_row(stage, last), key_pitch_, a_.key_dim * 2, query_row(kRows));
+    if constexpr (!kLatent) fill(value_row(stage, last), value_pitch_, a_.value_dim * 2, query_row(kRows + 1));
+  }
+
+  // Scores of 16 rows and a tile's keys, a part of the elements each.
+  __device__ __forceinline__ void score(uint32_t stage) {
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t part = warp / kScored;
+    const uint32_t keys = warp % kScored * 8;
+    if (part >= kParts) return;
+    const uint32_t steps = a_.key_dim / 16;
+    float c[4] = {};
+    const uint32_t q = address(query_row(lane % 16)) + lane / 16 * 16;
+    const uint32_t k = address(key_row(stage, keys + lane % 8)) + lane / 8 % 2 * 16;
+    for (uint32_t step = part * steps / kParts; step < (part + 1) * steps / kParts; ++step) {
+      uint32_t a[4];
+      uint32_t b[4];
+      ptx::ldmatrix_x4(a[0], a[1], a[2], a[3], q + step * 32);
+      ptx::ldmatrix_x4(b[0], b[1], b[2], b[3], k + step * 32);
+      ptx::mma_m16n8k16_bf16(c, a, {b[0], b[1]});
+    }
+    float* const scores = at<float>(places_.scores) + part * kRows * kKeys;
+    const uint32_t column = keys + lane % 4 * 2;
+    *reinterpret_cast<float2*>(scores + lane / 4 * kKeys + column) = make_float2(c[0], c[1]);
+    *reinterpret_cast<float2*>(scores + (lane / 4 + 8) * kKeys + column) = make_float2(c[2], c[3]);
+  }
+
+  // Weights of a tile's keys, a warp a row.
+  __device__ __forceinline__ void weigh(uint32_t tile) {
+    const uint32_t row = threadIdx.x / kWarpSize;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    if (row >= kRows) return;
+    constexpr uint32_t kEach = kKeys / kWarpSize;
+    uint16_t* const weights = at<uint16_t>(places_.weights) + row * (kKeys + 8);
+    if (row >= a_.group) {
+#pragma unroll
+      for (uint32_t i = 0; i < kEach; ++i) weights[lane + i * kWarpSize] = 0;
+      if (lane == 0) shared_.correction[row] = 1.0f;
+      return;
+    }
+    float score[kEach];
+    float largest = -INFINITY;
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; ++i) {
+      const uint32_t key = lane + i * kWarpSize;
+      const float* const scores = at<float>(places_.scores) + row * kKeys + key;
+      float sum = 0.0f;
+#pragma unroll
+      for (uint32_t part = 0; part < kParts; ++part) sum += scores[part * kRows * kKeys];
+      score[i] = tile * kKeys + key < sequence_.keys ? sum * a_.scale_log2 : -INFINITY;
+      largest = fmaxf(largest, score[i]);
+    }
+    const float before = shared_.maximum[row];
+    const float maximum = fmaxf(before, warp_max(largest));
+    // Where there is nothing but minus infinity so far, its weight is zero.
+    const float base = maximum == -INFINITY ? 0.0f : maximum;
+    float sum = 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; ++i) {
+      const float weight = ptx::ex2_approx(score[i] - base);
+      sum += weight;
+      weights[lane + i * kWarpSize] = float_to_bf16(weight);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      const float correction = ptx::ex2_approx(before - base);
+      shared_.maximum[row] = maximum;
+      shared_.sum[row] = shared_.sum[row] * correction + sum;
+      shared_.correction[row] = correction;
+    }
+  }
+
+  // Sums of 16 rows, every kWarps-th eight elements of the values.
+  __device__ __forceinline__ void add_values(float (&sums)[kSummed][4], uint32_t stage) {
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const float low = shared_.correction[lane / 4];
+    const float high = shared_.correction[lane / 4 + 8];
+    const uint32_t p = address(places_.weights) + lane % 16 * (kKeys + 8) * 2 + lane / 16 * 16;
+    const uint32_t v = address(value_row(stage, lane));
+#pragma unroll
+    for (uint32_t i = 0; i < kSummed; ++i) {
+      const uint32_t tile = warp + i * kWarps;
+      if (tile * 8 >= a_.value_dim) break;
+      float(&c)[4] = sums[i];
+      c[0] *= low, c[1] *= low, c[2] *= high, c[3] *= high;
+#pragma unroll
+      for (uint32_t keys = 0; keys < kKeys; keys += 32) {
+        uint32_t a[4];
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b[0], b[1], b[2], b[3], v + keys * value_pitch_ + tile * 16);
+        ptx::ldmatrix_x4(a[0], a[1], a[2], a[3], p + keys * 2);
+        ptx::mma_m16n8k16_bf16(c, a, {b[0], b[1]});
+        ptx::ldmatrix_x4(a[0], a[1], a[2], a[3], p + keys * 2 + 32);
+        ptx::mma_m16n8k16_bf16(c, a, {b[2], b[3]});
+      }
+    }
+  }
+
+  // Calls to(row, element, two sums) for this thread's sums of heads.
+  template <class To>
+  __device__ __forceinline__ void each_two(const float (&sums)[kSummed][4], const To& to) const {
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (uint32_t i = 0; i < kSummed; ++i) {
+      const uint32_t tile = warp + i * kWarps;
+      if (tile * 8 >= a_.value_dim) break;
+      const uint32_t element = tile * 8 + lane % 4 * 2;
+      if (lane / 4 < a_.group) to(lane / 4, element, sums[i][0], sums[i][1]);
+      if (lane / 4 + 8 < a_.group) to(lane / 4 + 8, element, sums[i][2], sums[i][3]);
+    }
+  }
+
+  __device__ __forceinline__ void write(const float (&sums)[kSummed][4], uint32_t epoch) {
+    Word* const words = args_.words.attended + head_ * a_.group * a_.value_dim / 2;
+    each_two(sums, [&](uint32_t row, uint32_t element, float x, float y) {
+      const float sum = shared_.sum[row];
+      const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      publish(words + (row * a_.value_dim + element) / 2, ptx::cvt_bf16x2(x * factor, y * factor), epoch);
+    });
+  }
+
+  __device__ __forceinline__ void write_parts(const float (&sums)[kSummed][4], uint32_t epoch) {
+    Word* const parts = args_.words.parts + uint64_t{blockIdx.x} * kRows * a_.value_dim;
+    each_two(sums, [&](uint32_t row, uint32_t element, float x, float y) {
+      publish(parts + row * a_.value_dim + element, x, y, epoch);
+    });
+    if (threadIdx.x < a_.group) {
+      publish(args_.words.statistics + (blockIdx.x * kRows + threadIdx.x) * 2, shared_.maximum[threadIdx.x],
+              shared_.sum[threadIdx.x], epoch);
+    }
+  }
+
+  // This block's slice of its key head's sums, from all blocks that have a part of them.
+  __device__ __forceinline__ void merge(uint32_t epoch) {
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const uint32_t block = head_ * splits_;
+    // Factors of parts, [splits, group]; in place of keys, which nobody reads any more.
+    float* const factors = at<float>(places_.keys);
+    float* const totals = factors + splits_ * a_.group;
+    for (uint32_t i = threadIdx.x; i < splits_ * a_.group; i += kThreads) {
+      const uint32_t part = i / a_.group;
+      const Two two =
+          receive(args_.words.statistics + ((block + part) * kRows + i - part * a_.group) * 2, epoch);
+      factors[i] = __uint_as_float(two.first);
+      totals[i] = __uint_as_float(two.second);
+    }
+    __syncthreads();
+    for (uint32_t row = warp; row < a_.group; row += kWarps) {
+      float maximum = -INFINITY;
+      for (uint32_t part = lane; part < splits_; part += kWarpSize) {
+        maximum = fmaxf(maximum, factors[part * a_.group + row]);
+      }
+      maximum = warp_max(maximum);
+      const float base = maximum == -INFINITY ? 0.0f : maximum;
+      float sum = 0.0f;
+      for (uint32_t part = lane; part < splits_; part += kWarpSize) {
+        const uint32_t i = part * a_.group + row;
+        const float factor = ptx::ex2_approx(factors[i] - base);
+        sum = fmaf(factor, totals[i], sum);
+        factors[i] = factor;
+      }
+      sum = warp_sum(sum);
+      const float reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
+      for (uint32_t part = lane; part < splits_; part += kWarpSize) factors[part * a_.group + row] *= reciprocal;
+    }
+    __syncthreads();
+    const uint32_t half = a_.value_dim / 2;
+    const uint32_t pairs = a_.group * half;
+    Word* const words = args_.words.attended + head_ * pairs;
+    const uint32_t end = (split_ + 1) * pairs / splits_;
+    for (uint32_t pair = split_ * pairs / splits_ + threadIdx.x; pair < end; pair += kThreads) {
+      const uint32_t row = pair / half;
+      const Word* const parts = args_.words.parts + uint64_t{block} * kRows * a_.value_dim + 2 * pair;
+      float x = 0.0f;
+      float y = 0.0f;
+      receive_pairs<4>(parts, 0, kRows * half, splits_ * kRows * half, epoch, [&](uint32_t at_pair, Two two) {
+        const float factor = factors[at_pair / (kRows * half) * a_.group + row];
+        x = fmaf(factor, __uint_as_float(two.first), x);
+        y = fmaf(factor, __uint_as_float(two.second), y);
+      });
+      publish(words + pair, ptx::cvt_bf16x2(x, y), epoch);
+    }
+    __syncthreads();
+  }
+
+  const Args& args_;
+  const attention::Args& a_;
+  const Places& places_;
+  char* const arena_;
+  AttendShared& shared_;
+  OneSequence sequence_;
+  uint32_t tiles_;
+  uint32_t splits_;
+  uint32_t head_;
+  uint32_t split_;
+  uint32_t first_;
+  uint32_t end_;
+  uint32_t key_pitch_;
+  uint32_t value_pitch_;
+  uint32_t parity_ = 0;
+  bool works_;
+};
+
+}  // namespace anabranch::decode_step

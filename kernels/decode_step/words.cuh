@@ -1,0 +1,68 @@
+// Hand-overs between blocks: words of 32 bits of data and the epoch that they are of. Who wants them reads until the
+// epoch is right, so that data and signal are one trip through memory (as NCCL's LL protocol has it).
+#pragma once
+
+#include <cstdint>
+
+#include "decode_step/args.cuh"
+#include "ptx/gpu_scope.cuh"
+
+namespace anabranch::decode_step {
+
+__device__ __forceinline__ Word word_of(uint32_t data, uint32_t epoch) {
+  return static_cast<Word>(epoch) << 32 | data;
+}
+
+__device__ __forceinline__ void publish(Word* word, uint32_t data, uint32_t epoch) {
+  ptx::st_relaxed(word, word_of(data, epoch));
+}
+
+__device__ __forceinline__ void publish(Word* word, float data, uint32_t epoch) {
+  publish(word, __float_as_uint(data), epoch);
+}
+
+// Two neighbours, the first of an even number.
+__device__ __forceinline__ void publish(Word* words, float first, float second, uint32_t epoch) {
+  ptx::st_relaxed_2(words, word_of(__float_as_uint(first), epoch), word_of(__float_as_uint(second), epoch));
+}
+
+struct Two {
+  uint32_t first;
+  uint32_t second;
+};
+
+// Two neighbours once both are there.
+__device__ __forceinline__ Two receive(const Word* words, uint32_t epoch) {
+  Word a;
+  Word b;
+  do {
+    ptx::ld_relaxed_2(words, a, b);
+  } while (static_cast<uint32_t>(a >> 32) != epoch || static_cast<uint32_t>(b >> 32) != epoch);
+  return {static_cast<uint32_t>(a), static_cast<uint32_t>(b)};
+}
+
+// Calls take(i, data of words 2 i and 2 i + 1) for i = first, first + stride, ... below `pairs`, several reads at a time.
+template <uint32_t kBatch, class Take>
+__device__ __forceinline__ void receive_pairs(const Word* words, uint32_t first, uint32_t stride, uint32_t pairs,
+                                              uint32_t epoch, const Take& take) {
+  for (uint32_t base = first; base < pairs; base += kBatch * stride) {
+    Word a[kBatch];
+    Word b[kBatch];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      const uint32_t at = base + i * stride;
+      if (at < pairs) ptx::ld_relaxed_2(words + 2 * at, a[i], b[i]);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      const uint32_t at = base + i * stride;
+      if (at >= pairs) continue;
+      Two two = {static_cast<uint32_t>(a[i]), static_cast<uint32_t>(b[i])};
+      const bool there = static_cast<uint32_t>(a[i] >> 32) == epoch && static_cast<uint32_t>(b[i] >> 32) == epoch;
+      if (!there) two = receive(words + 2 * at, epoch);
+      take(at, two);
+    }
+  }
+}
+
+}  // namespace anabranch::decode_step
