@@ -2,7 +2,7 @@
 
 use anabranch::{
     Sampling,
-    cuda::{SampleInput, Stream, Tensor, argmax_into, argmax_workspace, sample_into},
+    cuda::{SampleInput, SampleRow, Stream, Tensor, argmax_into, argmax_workspace, sample_into},
 };
 use criterion::{BenchmarkId, Criterion, Throughput};
 
@@ -44,17 +44,18 @@ pub(crate) fn bench(criterion: &mut Criterion) {
 
     let mut sampled = group(criterion, "sample");
     let sampling = Sampling::builder().temperature(0.7).top_k(50).top_p(0.9).build().unwrap();
+    let row = SampleRow::new(&sampling, 0.6).unwrap();
     for model in &MODELS[..2] {
         let vocab = model.vocab_size;
         for rows in ROWS {
             sampled.throughput(Throughput::BytesDecimal((4 * rows * vocab) as u64));
             sampled.bench_function(BenchmarkId::new(model.name, rows), |bencher| {
                 let mut all = logits(&stream, rows, vocab);
-                let u = stream.upload([rows], &vec![0.6; rows]).unwrap();
+                let settings = stream.upload([rows], &vec![row; rows]).unwrap();
                 let launches = Launches::capture(&stream, all.len(), |set| {
                     let (logits, ids) = &mut all[set];
-                    let mut input = SampleInput { logits: logits.view(), u: u.view(), seen: None };
-                    sample_into(&stream, &sampling, &mut input, &mut ids.view_mut()).unwrap();
+                    let mut input = SampleInput { logits: logits.view(), rows: settings.view(), seen: None };
+                    sample_into(&stream, &mut input, &mut ids.view_mut()).unwrap();
                 });
                 bencher.iter_custom(|iterations| launches.time(&stream, iterations));
             });

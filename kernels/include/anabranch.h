@@ -364,15 +364,10 @@ AnabranchStatus anabranch_argmax_workspace(uint64_t num_rows, uint64_t vocab_siz
 
 AnabranchStatus anabranch_argmax(const AnabranchArgmaxParams* params, AnabranchStream stream);
 
-// Draws ids[b] from logits[b, :] after repetition penalty, temperature, top-k, top-p and min-p, in this order.
-typedef struct AnabranchSampleParams {
-  // B, below 2^31.
-  uint64_t num_rows;
-  // V, 1 to 2^22.
-  uint64_t vocab_size;
-  // [B, V], bf16 or f32.
-  const void* logits;
-  AnabranchDtype logits_dtype;
+// How one row is drawn from, as it lies in device memory: 32 bytes.
+typedef struct AnabranchSampleRow {
+  // In [0, 1): where in the distribution to draw. Not read if the temperature is 0.
+  double u;
   // At least 0; 0 for the most probable token.
   float temperature;
   // 0 for no limit.
@@ -383,12 +378,26 @@ typedef struct AnabranchSampleParams {
   float min_p;
   // Above 0; 1 for none.
   float repetition_penalty;
-  // [B] in [0, 1): where in the distribution to draw. Null only if the temperature is 0.
-  const float* u;
-  // [B, ceil(V / 32)]: bit i % 32 of word i / 32 is set if token i was seen; the drawn one's is set. Null only without
-  // a penalty.
+  // Whatever it is.
+  uint32_t unused;
+} AnabranchSampleRow;
+
+// Draws ids[b] from logits[b, :] after repetition penalty, temperature, top-k, top-p and min-p, in this order.
+typedef struct AnabranchSampleParams {
+  // B, below 2^31.
+  uint64_t num_rows;
+  // V, 1 to 2^22.
+  uint64_t vocab_size;
+  // [B, V], bf16 or f32.
+  const void* logits;
+  AnabranchDtype logits_dtype;
+  // [B], aligned to 8. A captured call draws by whatever lies there when it is replayed.
+  const AnabranchSampleRow* rows;
+  // [B, ceil(V / 32)]: bit i % 32 of word i / 32 is set if token i was seen; the drawn one's is set. Null only if no
+  // row has a penalty.
   uint32_t* seen;
-  // [B]; -1 where a logit is NaN or plus infinity, or all are minus infinity.
+  // [B]; -1 where a logit is NaN or plus infinity, where all are minus infinity, and where the row's settings are out
+  // of range, which nobody but the kernel sees.
   int32_t* ids;
 } AnabranchSampleParams;
 

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "anabranch.h"
+#include "ptx/grid_dependency.cuh"
 #include "sampling/candidate.cuh"
 
 namespace anabranch::sampling {
@@ -20,19 +22,24 @@ constexpr uint32_t kBins = 2048;
 constexpr float kBinsPerUnit = 64.0f;
 constexpr float kOne = 1099511627776.0f;  // 2^40
 
+static_assert(sizeof(AnabranchSampleRow) == 32 && alignof(AnabranchSampleRow) == 8, "callers upload arrays of it");
+
 struct DrawArgs {
-  const void* logits;  // [B, V]
-  const float* u;      // [B]
-  uint32_t* seen;      // [B, words] or null
-  int32_t* ids;        // [B]
+  const void* logits;              // [B, V]
+  const AnabranchSampleRow* rows;  // [B]
+  uint32_t* seen;                  // [B, words] or null
+  int32_t* ids;                    // [B]
   uint32_t vocab_size;
   uint32_t words;
-  uint32_t top_k;
-  float temperature;
-  float top_p;
-  float min_p;
-  float penalty;
 };
+
+// Whether a row may be drawn from by these settings. No number at all is in no range.
+__device__ __forceinline__ bool holds(const AnabranchSampleRow& row, bool knows_seen) {
+  const bool temperature = row.temperature >= 0.0f && row.temperature < INFINITY;
+  const bool filters = row.top_p > 0.0f && row.top_p <= 1.0f && row.min_p >= 0.0f && row.min_p < 1.0f;
+  const bool penalty = row.repetition_penalty > 0.0f && row.repetition_penalty < INFINITY;
+  return temperature && filters && penalty && (row.repetition_penalty == 1.0f || knows_seen);
+}
 
 // The tokens kept so far: those whose logit's key is above, and of equal ones those up to an id.
 struct Bound {
@@ -57,26 +64,31 @@ enum class Measure { kCount, kMass, kMassAboveMinP };
 
 template <typename Logits>
 struct Row {
-  const DrawArgs& args;
+  const void* logits;
   uint64_t start;
+  uint32_t vocab_size;
+  // Null without a penalty.
   const uint32_t* seen;
+  float penalty;
+  float temperature;
+  float min_p;
   float best;
 
   // The logit after the penalty.
   __device__ __forceinline__ float logit(uint32_t id) const {
-    float z = Logits::read(args.logits, start + id);
-    if (seen != nullptr && (seen[id / 32] >> id % 32 & 1) != 0) z = z > 0.0f ? z / args.penalty : z * args.penalty;
+    float z = Logits::read(logits, start + id);
+    if (seen != nullptr && (seen[id / 32] >> id % 32 & 1) != 0) z = z > 0.0f ? z / penalty : z * penalty;
     return z;
   }
 
   // How far below the best, in units of the temperature.
-  __device__ __forceinline__ float distance(float z) const { return (best - z) / args.temperature; }
+  __device__ __forceinline__ float distance(float z) const { return (best - z) / temperature; }
 
   __device__ __forceinline__ uint64_t measure(Measure kind, float z) const {
     // What cannot be drawn need not be counted: often most of a row, in one bin.
     if (kind == Measure::kCount) return z > -INFINITY ? 1 : 0;
     const float probability = expf(-distance(z));
-    if (kind == Measure::kMassAboveMinP && !(probability >= args.min_p)) return 0;
+    if (kind == Measure::kMassAboveMinP && !(probability >= min_p)) return 0;
     return __float2ull_rd(probability * kOne);
   }
 };
@@ -125,9 +137,9 @@ __device__ __forceinline__ uint32_t id_among_equals(DrawShared& shared, const Ro
   const uint32_t warp = threadIdx.x / kWarpSize;
   uint64_t earlier = 0;
 #pragma unroll 1
-  for (uint32_t base = 0; base < row.args.vocab_size; base += kDrawThreads) {
+  for (uint32_t base = 0; base < row.vocab_size; base += kDrawThreads) {
     const uint32_t id = base + threadIdx.x;
-    const bool equal = id < row.args.vocab_size && ordered_key(row.logit(id)) == key && bound.keeps(key, id);
+    const bool equal = id < row.vocab_size && ordered_key(row.logit(id)) == key && bound.keeps(key, id);
     if (!__syncthreads_or(equal)) continue;
     const uint32_t equals = __ballot_sync(kFullWarp, equal);
     if (lane == 0) shared.counts[warp] = __popc(equals);
@@ -149,7 +161,7 @@ __device__ __forceinline__ uint32_t id_among_equals(DrawShared& shared, const Ro
 template <typename Logits, typename Target>
 __device__ __forceinline__ Bound reach(DrawShared& shared, const Row<Logits>& row, const Bound& bound, Measure kind,
                                        Target target_of) {
-  const uint32_t vocab_size = row.args.vocab_size;
+  const uint32_t vocab_size = row.vocab_size;
   const auto bin_of = [&](float z) {
     return static_cast<uint32_t>(fminf(row.distance(z) * kBinsPerUnit, static_cast<float>(kBins - 1)));
   };
@@ -196,10 +208,24 @@ __device__ __forceinline__ Bound reach(DrawShared& shared, const Row<Logits>& ro
 
 template <typename Logits>
 __global__ void __launch_bounds__(kDrawThreads) draw(const __grid_constant__ DrawArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_prerequisites();
   __shared__ DrawShared shared;
   const uint32_t vocab_size = args.vocab_size;
+  const AnabranchSampleRow settings = args.rows[blockIdx.x];
   uint32_t* const seen = args.seen == nullptr ? nullptr : args.seen + uint64_t{blockIdx.x} * args.words;
-  Row<Logits> row = {args, uint64_t{blockIdx.x} * vocab_size, seen, 0.0f};
+  if (!holds(settings, seen != nullptr)) {
+    if (threadIdx.x == 0) args.ids[blockIdx.x] = -1;
+    return;
+  }
+  Row<Logits> row = {};
+  row.logits = args.logits;
+  row.start = uint64_t{blockIdx.x} * vocab_size;
+  row.vocab_size = vocab_size;
+  row.seen = settings.repetition_penalty == 1.0f ? nullptr : seen;
+  row.penalty = settings.repetition_penalty;
+  row.temperature = settings.temperature;
+  row.min_p = settings.min_p;
 
   uint64_t best = 0;
 #pragma unroll 4
@@ -212,22 +238,22 @@ __global__ void __launch_bounds__(kDrawThreads) draw(const __grid_constant__ Dra
   for (uint32_t warp = 0; warp < kDrawWarps; ++warp) best = larger(best, shared.of_warp[warp]);
 
   int32_t chosen = id_of(best);
-  if (chosen >= 0 && args.temperature > 0.0f) {
+  if (chosen >= 0 && settings.temperature > 0.0f) {
     row.best = from_ordered_key(static_cast<uint32_t>(best >> 32));
     Bound bound = {0, 0xffffffffu};
-    if (args.top_k != 0 && args.top_k < vocab_size) {
-      const unsigned long long top_k = args.top_k;
+    if (settings.top_k != 0 && settings.top_k < vocab_size) {
+      const unsigned long long top_k = settings.top_k;
       bound = reach(shared, row, bound, Measure::kCount,
                     [top_k](unsigned long long total) { return top_k < total ? top_k : total; });
     }
-    if (args.top_p < 1.0f) {
-      const double top_p = args.top_p;
+    if (settings.top_p < 1.0f) {
+      const double top_p = settings.top_p;
       bound = reach(shared, row, bound, Measure::kMass, [top_p](unsigned long long total) {
         const unsigned long long mass = __double2ull_ru(top_p * static_cast<double>(total));
         return mass < 1 ? 1 : mass < total ? mass : total;
       });
     }
-    const double u = args.u[blockIdx.x];
+    const double u = settings.u;
     const Bound drawn = reach(shared, row, bound, Measure::kMassAboveMinP, [u](unsigned long long total) {
       // A u that is negative or no number draws the first, one above all the last.
       const unsigned long long mass = u > 0.0 ? __double2ull_rd(u * static_cast<double>(total)) + 1 : 1;

@@ -57,6 +57,6 @@ pub use rope::{HeadNorm, RopeBuffers, RopeCache, RopeTable, rope_into};
 pub use router::{RouterBuffers, RouterInput, RouterOutput, router, router_into, router_workspace};
 pub use router_logits::{RouterLogitsInput, router_logits, router_logits_into};
 pub use rows::{add_into, embedding, embedding_into};
-pub use sampling::{SampleInput, argmax, argmax_into, argmax_workspace, sample, sample_into};
+pub use sampling::{SampleInput, SampleRow, argmax, argmax_into, argmax_workspace, sample, sample_into};
 pub use stream::Stream;
 pub use tensor::{Element, Shape, Tensor, View, ViewMut};

@@ -1,10 +1,13 @@
 //! The next token on the GPU: the most probable one, or one drawn.
 
+use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
+
 use super::{
-    Float, Stream, Tensor, View, ViewMut,
+    Element, Float, Stream, Tensor, View, ViewMut,
     checks::{dtype, matrix},
     launch::{Launch, Pointer, launched},
     sys,
+    tensor::private::Sealed,
 };
 use crate::{Error, Result, Sampling};
 
@@ -69,63 +72,97 @@ pub fn argmax<L: Float>(stream: &Stream, logits: &View<'_, L>) -> Result<Tensor<
     Ok(ids)
 }
 
+/// How one row is drawn from, as the GPU reads it: settings, and where in the distribution to draw.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct SampleRow(sys::AnabranchSampleRow);
+
+impl SampleRow {
+    /// The arguments of [`reference::sample`](crate::reference::sample), but for what was seen.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if `u` is not in [0, 1).
+    pub fn new(sampling: &Sampling, u: f64) -> Result<Self> {
+        if !(0.0..1.0).contains(&u) {
+            let (expected, got) = ("at least 0 and below 1".to_owned(), u.to_string());
+            return Err(Error::Setting { operation: SAMPLE, setting: "u", expected, got });
+        }
+        Ok(Self::of(sampling, u))
+    }
+
+    /// The most probable token, always: [`Sampling::greedy`].
+    pub fn greedy() -> Self {
+        Self::of(&Sampling::greedy(), 0.0)
+    }
+
+    fn of(sampling: &Sampling, u: f64) -> Self {
+        Self(sys::AnabranchSampleRow {
+            u,
+            temperature: sampling.temperature(),
+            // More than can be counted is no limit.
+            top_k: sampling.top_k().and_then(|top_k| u32::try_from(top_k).ok()).unwrap_or(0),
+            top_p: sampling.top_p(),
+            min_p: sampling.min_p(),
+            repetition_penalty: sampling.repetition_penalty(),
+            unused: 0,
+        })
+    }
+}
+
+impl Default for SampleRow {
+    fn default() -> Self {
+        Self::greedy()
+    }
+}
+
+impl Sealed for SampleRow {}
+// SAFETY: numbers side by side without a gap, laid out as the kernel has them: one header makes both.
+unsafe impl DeviceRepr for SampleRow {}
+// SAFETY: zeros are values of all its numbers. They are no settings, which the kernel finds out: such a row's token is -1.
+unsafe impl ValidAsZeroBits for SampleRow {}
+impl Element for SampleRow {}
+
 /// What tokens are drawn from.
 #[derive(Debug)]
 pub struct SampleInput<'a, L> {
     /// `[B, V]`, bf16 or float32.
     pub logits: View<'a, L>,
-    /// `[B]` in [0, 1): where in its distribution each row draws. Not read if the sampling is greedy.
-    pub u: View<'a, f32>,
-    /// `[B, ceil(V / 32)]`: bit `i % 32` of word `i / 32` tells whether token `i` was seen; the drawn token's is set. Needed if
-    /// there is a repetition penalty.
+    /// `[B]`. A captured call draws by whatever lies there when it is replayed.
+    pub rows: View<'a, SampleRow>,
+    /// `[B, ceil(V / 32)]`: bit `i % 32` of word `i / 32` tells whether token `i` was seen; the drawn token's is set. Needed if a
+    /// row has a repetition penalty.
     pub seen: Option<ViewMut<'a, u32>>,
 }
 
-/// Draws a token from each row into `ids` `[B]`, as [`reference::sample`](crate::reference::sample) specifies, but with
+/// Draws a token from each row of logits into `ids` `[B]`, as [`reference::sample`](crate::reference::sample) specifies, but with
 /// probabilities in float32, so that a `u` within about 1e-6 of the border between two tokens may draw either; -1 stands where
-/// the reference refuses the row (NaN, plus infinity, all minus infinity). The same call gives the same tokens.
+/// the reference refuses the row (NaN, plus infinity, all minus infinity), where a row has a repetition penalty and nothing tells
+/// what was seen, and where `rows` was left at zero. The same call gives the same tokens, and a row's token depends on that row alone.
 ///
 /// One kernel, one block a row: some 16 reads of a row where everything is filtered.
 ///
 /// # Errors
-/// [`Error::Shape`] if a shape does not fit, [`Error::Setting`] if there is a repetition penalty and nothing tells what was seen,
-/// [`Error::Place`] if a tensor is elsewhere, [`Error::Launch`] if V is 0 or more than 2^22.
+/// [`Error::Shape`] if a shape does not fit, [`Error::Place`] if a tensor is elsewhere, [`Error::Launch`] if V is 0 or more than 2^22.
 pub fn sample_into<L: Float>(
     stream: &Stream,
-    sampling: &Sampling,
     input: &mut SampleInput<'_, L>,
     ids: &mut ViewMut<'_, i32>,
 ) -> Result<()> {
     let [num_rows, vocab_size] = matrix(SAMPLE, "logits", input.logits.shape())?;
-    if input.seen.is_none() && sampling.repetition_penalty() != 1.0 {
-        return Err(Error::Setting {
-            operation: SAMPLE,
-            setting: "seen",
-            expected: format!("given with a repetition penalty of {}", sampling.repetition_penalty()),
-            got: "absent".to_owned(),
-        });
-    }
     let launch = Launch::begin(SAMPLE, stream)?;
     let logits = launch.read("logits", &input.logits, [num_rows, vocab_size])?;
-    let u = launch.read("u", &input.u, [num_rows])?;
+    let rows = launch.read("rows", &input.rows, [num_rows])?;
     let seen = match &mut input.seen {
         Some(seen) => launch.write("seen", seen, [num_rows, vocab_size.div_ceil(32)])?,
         None => Pointer::null(),
     };
     let ids = launch.write("ids", ids, [num_rows])?;
-    // More than there are tokens is no limit, and so is 0.
-    let top_k = sampling.top_k().filter(|top_k| *top_k < vocab_size);
     let params = sys::AnabranchSampleParams {
         num_rows: num_rows as u64,
         vocab_size: vocab_size as u64,
         logits: logits.pointer.cast(),
         logits_dtype: dtype::<L>(),
-        temperature: sampling.temperature(),
-        top_k: top_k.map_or(0, |top_k| top_k as u32),
-        top_p: sampling.top_p(),
-        min_p: sampling.min_p(),
-        repetition_penalty: sampling.repetition_penalty(),
-        u: u.pointer,
+        rows: rows.pointer.cast(),
         seen: seen.pointer,
         ids: ids.pointer,
     };
@@ -138,9 +175,9 @@ pub fn sample_into<L: Float>(
 ///
 /// # Errors
 /// Those of [`sample_into`], and [`Error::OutOfMemory`].
-pub fn sample<L: Float>(stream: &Stream, sampling: &Sampling, input: &mut SampleInput<'_, L>) -> Result<Tensor<i32>> {
+pub fn sample<L: Float>(stream: &Stream, input: &mut SampleInput<'_, L>) -> Result<Tensor<i32>> {
     let [num_rows, _] = matrix(SAMPLE, "logits", input.logits.shape())?;
     let mut ids = Tensor::from_parts(stream.alloc(num_rows)?, [num_rows].into());
-    sample_into(stream, sampling, input, &mut ids.view_mut())?;
+    sample_into(stream, input, &mut ids.view_mut())?;
     Ok(ids)
 }

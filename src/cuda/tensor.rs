@@ -7,10 +7,10 @@ use half::{bf16, f16};
 
 use crate::{Error, Result, error::check_len};
 
-/// Numbers that tensors hold.
+/// What tensors hold: numbers, and what is made of them.
 pub trait Element: DeviceRepr + ValidAsZeroBits + Copy + Default + fmt::Debug + private::Sealed + 'static {}
 
-mod private {
+pub(super) mod private {
     pub trait Sealed {}
 }
 

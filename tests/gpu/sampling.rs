@@ -2,7 +2,7 @@
 
 use anabranch::{
     Sampling,
-    cuda::{Float, SampleInput, Stream, argmax, argmax_into, argmax_workspace, sample_into},
+    cuda::{Float, SampleInput, SampleRow, Stream, argmax, argmax_into, argmax_workspace, sample, sample_into},
     reference,
 };
 use half::bf16;
@@ -129,6 +129,11 @@ fn any_sampling() -> impl Strategy<Value = Sampling> {
         .prop_map(|(temperature, top_k, top_p, min_p, penalty)| build(temperature, top_k, top_p, min_p, penalty))
 }
 
+/// Settings of rows side by side; more rows than these take them again from the first.
+fn any_samplings() -> impl Strategy<Value = Vec<Sampling>> {
+    prop::collection::vec(any_sampling(), 1..5)
+}
+
 fn build(temperature: f32, top_k: Option<usize>, top_p: f32, min_p: f32, penalty: f32) -> Sampling {
     let mut builder = Sampling::builder().temperature(temperature).top_p(top_p).min_p(min_p);
     builder = builder.repetition_penalty(penalty);
@@ -165,38 +170,34 @@ struct Drawn {
     seen: Vec<u32>,
 }
 
-fn draw<L: Float + PartialEq>(
-    stream: &Stream,
-    case: &Case,
-    sampling: &Sampling,
-    logits: &[L],
-    u: &[f32],
-    seen: &[u32],
-) -> Drawn {
+fn draw<L: Float + PartialEq>(stream: &Stream, case: &Case, rows: &[SampleRow], logits: &[L], seen: &[u32]) -> Drawn {
     let logits = Guarded::holding(stream, [case.rows, case.vocab], logits, L::default(), case.offset);
-    let u = Guarded::holding(stream, [case.rows], u, 0.5, 1);
+    let rows = stream.upload([case.rows], rows).unwrap();
     let mut seen = Guarded::holding(stream, [case.rows, case.vocab.div_ceil(32)], seen, 0xdead, 1);
     let mut ids = Guarded::new(stream, [case.rows], 77, 1);
-    let mut input = SampleInput { logits: logits.view(), u: u.view(), seen: Some(seen.view_mut()) };
-    sample_into(stream, sampling, &mut input, &mut ids.view_mut()).unwrap();
+    let mut input = SampleInput { logits: logits.view(), rows: rows.view(), seen: Some(seen.view_mut()) };
+    sample_into(stream, &mut input, &mut ids.view_mut()).unwrap();
     Drawn { ids: ids.read(stream), seen: seen.read(stream) }
 }
 
-fn check_sample(stream: &Stream, case: &Case, sampling: &Sampling) -> Result<(), String> {
+fn check_sample(stream: &Stream, case: &Case, samplings: &[Sampling]) -> Result<(), String> {
     let mut noise = Noise(case.seed ^ 0x5a);
     let (logits, words) = (case.logits(), case.vocab.div_ceil(32));
-    let u: Vec<f32> = (0..case.rows).map(|_| noise.uniform()).collect();
+    let samplings: Vec<&Sampling> = samplings.iter().cycle().take(case.rows).collect();
+    let u: Vec<f64> = (0..case.rows).map(|_| (noise.bits() >> 11) as f64 / (1_u64 << 53) as f64).collect();
+    let rows: Vec<SampleRow> =
+        samplings.iter().zip(&u).map(|(sampling, u)| SampleRow::new(sampling, *u).unwrap()).collect();
     let mut seen: Vec<u32> = (0..case.rows * words).map(|_| (noise.bits() & noise.bits()) as u32).collect();
     // No bits past the vocabulary.
     for row in seen.chunks_exact_mut(words) {
         row[words - 1] &= u32::MAX >> ((32 - case.vocab % 32) % 32);
     }
-    let drawn = draw(stream, case, sampling, &logits, &u, &seen);
-    if drawn.ids != draw(stream, case, sampling, &logits, &u, &seen).ids {
+    let drawn = draw(stream, case, &rows, &logits, &seen);
+    if drawn.ids != draw(stream, case, &rows, &logits, &seen).ids {
         return Err("the same call twice drew different tokens".to_owned());
     }
     let narrow: Vec<bf16> = logits.iter().map(|logit| bf16::from_f32(*logit)).collect();
-    if drawn.ids != draw(stream, case, sampling, &narrow, &u, &seen).ids {
+    if drawn.ids != draw(stream, case, &rows, &narrow, &seen).ids {
         return Err("bf16 logits of the same values drew different tokens".to_owned());
     }
     for (row, id) in drawn.ids.iter().enumerate() {
@@ -204,10 +205,10 @@ fn check_sample(stream: &Stream, case: &Case, sampling: &Sampling) -> Result<(),
         let before = &seen[row * words..][..words];
         let listed: Vec<u32> =
             (0..case.vocab as u32).filter(|id| before[*id as usize / 32] >> (id % 32) & 1 == 1).collect();
-        let u = f64::from(u[row]);
+        let (sampling, u) = (samplings[row], u[row]);
         if *id != chosen(sampling, logits, &listed, u) && !could_be(sampling, logits, &listed, u, *id) {
             let expected = chosen(sampling, logits, &listed, u);
-            return Err(format!("row {row}: {id} is drawn where {expected} belongs, at {u}"));
+            return Err(format!("row {row}: {id} is drawn where {expected} belongs, at {u} of {sampling:?}"));
         }
         let mut after = before.to_vec();
         if let Ok(id) = usize::try_from(*id) {
@@ -224,9 +225,10 @@ fn check_sample(stream: &Stream, case: &Case, sampling: &Sampling) -> Result<(),
 #[ignore = "needs a CUDA GPU"]
 fn sample_agrees_with_the_reference() {
     on_gpu(|stream| {
-        let tried =
-            |(case, sampling): (Case, Sampling)| check_sample(stream, &case, &sampling).map_err(TestCaseError::fail);
-        runner().run(&(any_case(), any_sampling()), tried).unwrap();
+        let tried = |(case, samplings): (Case, Vec<Sampling>)| {
+            check_sample(stream, &case, &samplings).map_err(TestCaseError::fail)
+        };
+        runner().run(&(any_case(), any_samplings()), tried).unwrap();
     });
 }
 
@@ -234,39 +236,43 @@ fn sample_agrees_with_the_reference() {
 #[ignore = "needs a CUDA GPU"]
 fn a_vocabulary_of_published_size() {
     on_gpu(|stream| {
-        let sampling = build(0.8, Some(40), 0.9, 0.02, 1.1);
+        let samplings = [build(0.8, Some(40), 0.9, 0.02, 1.1), build(1.0, None, 0.95, 0.0, 1.0), Sampling::greedy()];
         for flavour in [Flavour::Normal, Flavour::Equal, Flavour::Ties] {
             let case = Case { rows: 3, vocab: 151_936, flavour, seed: 8, offset: 0 };
             check_argmax(stream, &case).unwrap();
-            check_sample(stream, &case, &sampling).unwrap();
-            check_sample(stream, &case, &build(1.0, None, 0.95, 0.0, 1.0)).unwrap();
+            check_sample(stream, &case, &samplings).unwrap();
         }
     });
 }
 
 #[test]
 #[ignore = "needs a CUDA GPU"]
-fn are_captured_in_a_graph_and_replayed_with_other_logits() {
+fn are_captured_in_a_graph_and_replayed_with_other_logits_and_settings() {
     on_gpu(|stream| {
         let case = |seed| Case { rows: 2, vocab: 20_000, flavour: Flavour::Normal, seed, offset: 0 };
-        let sampling = build(0.7, None, 0.9, 0.0, 1.0);
+        let mixtures = [
+            [(build(0.7, None, 0.9, 0.0, 1.0), 0.3), (Sampling::greedy(), 0.0)],
+            [(build(1.0, Some(30), 1.0, 0.0, 1.0), 0.9), (build(2.0, None, 1.0, 0.01, 1.0), 0.99)],
+        ];
+        let mixtures = mixtures.map(|rows| rows.map(|(sampling, u)| SampleRow::new(&sampling, u).unwrap()));
         let mut logits = Guarded::holding(stream, [2, 20_000], &case(1).logits(), 0.0, 0);
-        let u = stream.upload([2], &[0.3, 0.9]).unwrap();
+        let mut rows = stream.upload([2], &mixtures[0]).unwrap();
         let mut workspace = Guarded::new(stream, [argmax_workspace(2, 20_000).unwrap()], 0, 0);
         let (mut best, mut drawn) = (Guarded::new(stream, [2], 77, 0), Guarded::new(stream, [2], 77, 0));
         let graph = capture(stream, || {
             argmax_into(stream, &logits.view(), &mut workspace.view_mut(), &mut best.view_mut()).unwrap();
-            let mut input = SampleInput { logits: logits.view(), u: u.view(), seen: None };
-            sample_into(stream, &sampling, &mut input, &mut drawn.view_mut()).unwrap();
+            let mut input = SampleInput { logits: logits.view(), rows: rows.view(), seen: None };
+            sample_into(stream, &mut input, &mut drawn.view_mut()).unwrap();
         });
-        for seed in [1, 2, 1] {
-            let case = case(seed);
+        for (seed, mixture) in [(1, 0), (2, 0), (2, 1), (1, 0)] {
+            let (case, mixture) = (case(seed), &mixtures[mixture]);
             let values = case.logits();
             logits.fill(stream, &values);
+            stream.upload_into(mixture, &mut rows.view_mut()).unwrap();
             graph.launch().unwrap();
             assert_eq!(best.read(stream), greedy(stream, &case, &values));
             let seen = vec![0; 2 * 625];
-            assert_eq!(drawn.read(stream), draw(stream, &case, &sampling, &values, &[0.3, 0.9], &seen).ids);
+            assert_eq!(drawn.read(stream), draw(stream, &case, mixture, &values, &seen).ids);
         }
     });
 }
@@ -281,16 +287,47 @@ fn bad_calls_are_refused_before_anything_is_launched() {
             "argmax: the kernel was not launched: a size or setting is out of range or contradicts another"
         );
         let logits = stream.zeros::<f32>([2, 40]).unwrap();
-        let u = stream.zeros::<f32>([2]).unwrap();
         let mut ids = stream.zeros::<i32>([2]).unwrap();
-        let mut refused = |penalty: f32, words: Option<usize>| {
-            let mut seen = words.map(|words| stream.zeros::<u32>([2, words]).unwrap());
-            let seen = seen.as_mut().map(|seen| seen.view_mut());
-            let mut input = SampleInput { logits: logits.view(), u: u.view(), seen };
-            let sampling = build(1.0, None, 1.0, 0.0, penalty);
-            sample_into(stream, &sampling, &mut input, &mut ids.view_mut()).unwrap_err().to_string()
+        let mut refused = |count: usize, words: usize| {
+            let rows = stream.zeros::<SampleRow>([count]).unwrap();
+            let mut seen = stream.zeros::<u32>([2, words]).unwrap();
+            let mut input = SampleInput { logits: logits.view(), rows: rows.view(), seen: Some(seen.view_mut()) };
+            sample_into(stream, &mut input, &mut ids.view_mut()).unwrap_err().to_string()
         };
-        assert_eq!(refused(1.5, None), "sample: seen must be given with a repetition penalty of 1.5, got absent");
-        assert_eq!(refused(1.0, Some(1)), "sample: seen must be [2, 2], got [2, 1]");
+        assert_eq!(refused(2, 1), "sample: seen must be [2, 2], got [2, 1]");
+        assert_eq!(refused(3, 2), "sample: rows must be [2], got [3]");
+        let (long, rows) = (stream.zeros::<f32>([1, (1 << 22) + 1]).unwrap(), stream.zeros::<SampleRow>([1]).unwrap());
+        let mut input = SampleInput { logits: long.view(), rows: rows.view(), seen: None };
+        assert_eq!(
+            sample(stream, &mut input).unwrap_err().to_string(),
+            "sample: the kernel was not launched: a size or setting is out of range or contradicts another"
+        );
+        for u in [-0.1, 1.0, f64::NAN] {
+            let text = SampleRow::new(&Sampling::greedy(), u).unwrap_err().to_string();
+            assert!(text.starts_with("sample: u must be at least 0 and below 1, got "), "{text}");
+        }
+    });
+}
+
+/// Settings lie where only the kernel sees them: a row that has none, and one with a penalty where nothing tells what was seen, are
+/// marked, and the others are drawn as ever.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn rows_that_cannot_be_drawn_from_are_marked() {
+    on_gpu(|stream| {
+        let case = Case { rows: 4, vocab: 3000, flavour: Flavour::Normal, seed: 4, offset: 0 };
+        let values = case.logits();
+        let logits = stream.upload([4, 3000], &values).unwrap();
+        let mut rows = stream.zeros::<SampleRow>([4]).unwrap();
+        let plain = build(0.9, Some(20), 0.8, 0.0, 1.0);
+        let given = [(plain, 0.4), (build(0.9, None, 1.0, 0.0, 1.5), 0.4), (Sampling::greedy(), 0.0)];
+        let given = given.map(|(sampling, u)| SampleRow::new(&sampling, u).unwrap());
+        // The last one is left at zero.
+        stream.upload_into(&given, &mut rows.part_mut(0, [3]).unwrap()).unwrap();
+        let mut input = SampleInput { logits: logits.view(), rows: rows.view(), seen: None };
+        let ids = stream.download(&sample(stream, &mut input).unwrap().view()).unwrap();
+        let row = |row: usize| &values[row * 3000..][..3000];
+        let expected = [chosen(&plain, row(0), &[], 0.4), -1, chosen(&Sampling::greedy(), row(2), &[], 0.0), -1];
+        assert_eq!(ids, expected);
     });
 }

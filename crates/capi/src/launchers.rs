@@ -112,7 +112,7 @@ launcher!(
 launcher!(anabranch_embedding(AnabranchEmbeddingParams), needs [table: 16, ids: 4, out: 16], may []);
 launcher!(anabranch_add(AnabranchAddParams), needs [x: 2, y: 2], may []);
 launcher!(anabranch_argmax(AnabranchArgmaxParams), needs [logits: 2, ids: 4, workspace: 8], may []);
-launcher!(anabranch_sample(AnabranchSampleParams), needs [logits: 2, ids: 4], may [u: 4, seen: 4]);
+launcher!(anabranch_sample(AnabranchSampleParams), needs [logits: 2, rows: 8, ids: 4], may [seen: 4]);
 launcher!(
     anabranch_grouped_gemm(AnabranchGroupedGemmParams),
     needs [x: 16, weights: 16, y: 16],

@@ -28,6 +28,32 @@ pub struct Batch<'a> {
     pub segments: &'a [Segment<'a>],
 }
 
+/// How the token after a segment is drawn: the arguments of [`sample`] beside the logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw<'a> {
+    /// The rule.
+    pub sampling: Sampling,
+    /// Ids of prompt and output so far, in any order; read only if there is a repetition penalty.
+    pub seen: &'a [u32],
+    /// Uniform in [0, 1); does not matter if the sampling is greedy.
+    pub u: f64,
+}
+
+impl Draw<'_> {
+    /// The most probable token.
+    pub fn greedy() -> Self {
+        Self { sampling: Sampling::greedy(), seen: &[], u: 0.0 }
+    }
+
+    /// What [`sample`] draws from a row of logits.
+    ///
+    /// # Errors
+    /// Those of [`sample`].
+    pub fn token(&self, logits: &[f32]) -> Result<u32> {
+        Ok(sample(&self.sampling, logits, self.seen, self.u)?)
+    }
+}
+
 /// The experts that a router chose: `[T, K]` ids, -1 where a slot is unused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TopkIds {
@@ -56,10 +82,15 @@ pub(crate) fn check_row(row: usize, rows: usize) -> Result<()> {
     Err(Error::Input(format!("row {row} of {rows} rows of hidden states does not exist")))
 }
 
-/// The token of each row of logits that is the most probable, or why there is none.
-pub(crate) fn most_probable(logits: &[f32], vocab_size: usize) -> Vec<Result<u32>> {
+/// The token of each row of logits, or why there is none.
+pub(crate) fn draw_rows(logits: &[f32], vocab_size: usize, draws: &[Draw<'_>]) -> Result<Vec<Result<u32>>> {
+    if logits.len() != draws.len().saturating_mul(vocab_size) {
+        let expected = format!("{} rows of {vocab_size}", draws.len());
+        let (operation, argument, got) = ("sampling", "logits", format!("{} numbers", logits.len()));
+        return Err(anabranch::Error::Shape { operation, argument, expected, got }.into());
+    }
     let rows = logits.chunks_exact(vocab_size.max(1));
-    rows.map(|row| Ok(sample(&Sampling::greedy(), row, &[], 0.0)?)).collect()
+    Ok(rows.zip(draws).map(|(row, draw)| draw.token(row)).collect())
 }
 
 /// A device that runs a model's steps. The model is written once over this trait.
@@ -186,29 +217,31 @@ pub trait Backend {
         let hidden = self.hidden(config, norm, cache)?;
         self.logits(config, head, &hidden, rows)
     }
-    /// [`Backend::last_logits`], of whose rows it returns what [`sample`] makes of them with [`Sampling::greedy`].
+    /// [`Backend::last_logits`], of whose rows it returns the tokens that are drawn from them, each by its own rule: a backend may
+    /// draw where the logits are.
     ///
     /// # Errors
-    /// Those of [`Backend::last_logits`]. A row without a distribution is its own error.
+    /// Those of [`Backend::last_logits`], and if there are not as many draws as rows. A row without a distribution is its own error.
     fn last_tokens(
         &self,
         config: &Config,
         norm: &Self::Norm,
         head: &Self::Table,
         rows: &[usize],
+        draws: &[Draw<'_>],
         cache: &mut Self::Cache,
     ) -> Result<Vec<Result<u32>>> {
-        Ok(most_probable(&self.last_logits(config, norm, head, rows, cache)?, config.vocab_size))
+        draw_rows(&self.last_logits(config, norm, head, rows, cache)?, config.vocab_size, draws)
     }
 
-    /// Announces a pass that ends with [`Backend::last_logits`] or [`Backend::last_tokens`] of each segment's last token, and that
-    /// nobody looks at on its way: a backend may have recorded it. True if it did and runs it, so that the steps from
-    /// [`Backend::embed`] on are to be left out.
+    /// Announces a pass that nobody looks at on its way, and how it ends with each segment's last token: with these draws by
+    /// [`Backend::last_tokens`], or without any by [`Backend::last_logits`]. A backend may have recorded it. True if it did and runs
+    /// it, so that the steps from [`Backend::embed`] on are to be left out.
     ///
     /// # Errors
-    /// Those of [`Backend::embed`].
-    fn replay(&self, batch: &Batch<'_>, cache: &mut Self::Cache) -> Result<bool> {
-        let _ = (batch, cache);
+    /// Those of [`Backend::embed`] and [`Backend::last_tokens`].
+    fn replay(&self, batch: &Batch<'_>, draws: &[Draw<'_>], cache: &mut Self::Cache) -> Result<bool> {
+        let _ = (batch, draws, cache);
         Ok(false)
     }
 }

@@ -7,19 +7,19 @@
 
 use std::collections::VecDeque;
 
-use anabranch::{Sampling, reference::sample};
+use anabranch::Sampling;
 use rand_chacha::{
     ChaCha12Rng,
     rand_core::{RngCore, SeedableRng},
 };
 
 use crate::{
-    BLOCK_SIZE, Batch, Error, Result, Segment,
-    backend::most_probable,
+    BLOCK_SIZE, Batch, Draw, Error, Result, Segment,
+    backend::draw_rows,
     blocks::{Pool, Table},
 };
 
-/// What generation needs of a model: logits after each segment of a batch.
+/// What generation needs of a model: logits after each segment of a batch, or tokens.
 pub trait Forward {
     /// Number of logits of a token.
     fn vocab_size(&self) -> usize;
@@ -40,13 +40,13 @@ pub trait Forward {
     /// If the batch does not continue its sequences, or an operation fails.
     fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>>;
 
-    /// [`Forward::forward`], of whose rows it returns what [`sample`] makes of them with [`Sampling::greedy`]: who computes elsewhere
+    /// [`Forward::forward`], of whose rows it returns the tokens that are drawn from them, one draw a segment: who computes elsewhere
     /// than on the host need not bring logits there.
     ///
     /// # Errors
-    /// Those of [`Forward::forward`]. A row without a distribution is its own error.
-    fn greedy(&mut self, batch: &Batch<'_>) -> Result<Vec<Result<u32>>> {
-        Ok(most_probable(&self.forward(batch)?, self.vocab_size()))
+    /// Those of [`Forward::forward`], and if there are not as many draws as segments. A row without a distribution is its own error.
+    fn sample(&mut self, batch: &Batch<'_>, draws: &[Draw<'_>]) -> Result<Vec<Result<u32>>> {
+        draw_rows(&self.forward(batch)?, self.vocab_size(), draws)
     }
 }
 
@@ -67,8 +67,8 @@ impl<F: Forward + ?Sized> Forward for &mut F {
         (**self).forward(batch)
     }
 
-    fn greedy(&mut self, batch: &Batch<'_>) -> Result<Vec<Result<u32>>> {
-        (**self).greedy(batch)
+    fn sample(&mut self, batch: &Batch<'_>, draws: &[Draw<'_>]) -> Result<Vec<Result<u32>>> {
+        (**self).sample(batch, draws)
     }
 }
 
@@ -244,23 +244,18 @@ impl<F: Forward> Engine<F> {
             return Ok(Step::default());
         }
         let mut ids = Vec::new();
-        let mut segments = Vec::with_capacity(scheduled.len());
+        let (mut segments, mut draws) = (Vec::with_capacity(scheduled.len()), Vec::with_capacity(scheduled.len()));
         for &(index, len) in &scheduled {
-            let Sequence { ids: all, computed: position, table, .. } = &self.running[index];
+            let sequence = &self.running[index];
+            let Sequence { ids: all, computed: position, table, .. } = sequence;
             ids.extend_from_slice(&all[*position..position + len]);
             segments.push(Segment { blocks: &table.blocks, position: *position, len });
+            draws.push(sequence.draw(len));
         }
-        let batch = Batch { ids: &ids, segments: &segments };
-        let logits;
-        let next: Vec<Next<'_>> = if scheduled.iter().all(|&(index, _)| self.running[index].is_greedy()) {
-            self.model.greedy(&batch)?.into_iter().map(Next::Token).collect()
-        } else {
-            logits = self.model.forward(&batch)?;
-            Next::rows(&logits, self.model.vocab_size())
-        };
+        let next = self.model.sample(&Batch { ids: &ids, segments: &segments }, &draws)?;
         if next.len() != segments.len() {
-            let expected = format!("{} rows of {}", segments.len(), self.model.vocab_size());
-            let (operation, argument, got) = ("engine", "logits", next.len().to_string());
+            let (expected, got) = (format!("one for each of {} segments", segments.len()), next.len().to_string());
+            let (operation, argument) = ("engine", "tokens");
             return Err(anabranch::Error::Shape { operation, argument, expected, got }.into());
         }
 
@@ -369,22 +364,6 @@ pub(crate) fn longest(prompt: &[u32], max_new_tokens: usize, max_position_embedd
     prompt.len().saturating_add(max_new_tokens).min(max_position_embeddings)
 }
 
-/// What a pass says of a sequence's next token.
-enum Next<'a> {
-    Token(Result<u32>),
-    Logits(&'a [f32]),
-}
-
-impl<'a> Next<'a> {
-    /// Logits row by row; none if they are no whole rows.
-    fn rows(logits: &'a [f32], vocab_size: usize) -> Vec<Self> {
-        if vocab_size == 0 || !logits.len().is_multiple_of(vocab_size) {
-            return Vec::new();
-        }
-        logits.chunks_exact(vocab_size).map(Self::Logits).collect()
-    }
-}
-
 /// A request and what was made of it so far.
 #[derive(Debug)]
 struct Sequence {
@@ -399,6 +378,8 @@ struct Sequence {
     most: usize,
     sampling: Sampling,
     random: ChaCha12Rng,
+    /// The next token's number of these, there before the pass, so that one that failed is tried again with it.
+    u: f64,
     eos: Vec<u32>,
     done: bool,
 }
@@ -408,6 +389,7 @@ impl Sequence {
         let Request { prompt, sampling, seed, stream, eos, .. } = request;
         let mut random = ChaCha12Rng::seed_from_u64(seed);
         random.set_stream(stream);
+        let u = uniform(&mut random);
         Self {
             id,
             prompt_len: prompt.len(),
@@ -417,6 +399,7 @@ impl Sequence {
             most,
             sampling,
             random,
+            u,
             eos,
             done: false,
         }
@@ -436,23 +419,19 @@ impl Sequence {
         self.left().min(most - self.computed % most)
     }
 
-    /// Whether its tokens are always the most probable ones, so that nothing else need be known of the logits.
-    fn is_greedy(&self) -> bool {
-        self.sampling.temperature() == 0.0 && self.sampling.repetition_penalty() == 1.0
+    /// How the token after the next `len` ones is drawn. Where that is known, it costs least to take the most probable.
+    fn draw(&self, len: usize) -> Draw<'_> {
+        if len < self.left() {
+            return Draw::greedy();
+        }
+        Draw { sampling: self.sampling, seen: &self.ids, u: self.u }
     }
 
-    /// Takes the next token, or draws it.
-    fn advance(&mut self, next: Next<'_>) -> Event {
+    /// Takes the next token.
+    fn advance(&mut self, next: Result<u32>) -> Event {
         let request = self.id;
+        self.u = uniform(&mut self.random);
         let id = match next {
-            Next::Token(id) => id,
-            Next::Logits(logits) => {
-                // 53 bits, all that a float64 in [0, 1) distinguishes evenly.
-                let u = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-                sample(&self.sampling, logits, &self.ids, u).map_err(Into::into)
-            }
-        };
-        let id = match id {
             Ok(id) => id,
             Err(error) => {
                 self.done = true;
@@ -468,4 +447,9 @@ impl Sequence {
         self.done = finish.is_some();
         Event::Token { request, id, finish }
     }
+}
+
+/// In [0, 1): 53 bits, all that a float64 there distinguishes evenly.
+fn uniform(random: &mut ChaCha12Rng) -> f64 {
+    (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use crate::{
-    Backend, Batch, Checkpoint, Config, Cpu, Error, Forward, Result,
+    Backend, Batch, Checkpoint, Config, Cpu, Draw, Error, Forward, Result,
     backend::{Routed, TopkIds},
     config::FeedForward,
     weights::{Origin, Weights},
@@ -246,11 +246,11 @@ impl<'a, B: Backend> Session<'a, B> {
 }
 
 impl<B: Backend> Session<'_, B> {
-    /// A pass up to its end, and the last row of each segment.
-    fn pass(&mut self, batch: &Batch<'_>) -> Result<Vec<usize>> {
+    /// A pass up to its end, which draws so or gives logits, and the last row of each segment.
+    fn pass(&mut self, batch: &Batch<'_>, draws: &[Draw<'_>]) -> Result<Vec<usize>> {
         let (model, routing) = (self.model, GivenRouting::new());
         model.check(batch, &routing)?;
-        if !model.backend.replay(batch, &mut self.cache)? {
+        if !model.backend.replay(batch, draws, &mut self.cache)? {
             model.run(batch, &mut self.cache, &mut None, &routing)?;
         }
         let ends = batch.segments.iter().scan(0, |end, segment| {
@@ -276,14 +276,18 @@ impl<B: Backend> Forward for Session<'_, B> {
     }
 
     fn forward(&mut self, batch: &Batch<'_>) -> Result<Vec<f32>> {
-        let last = self.pass(batch)?;
+        let last = self.pass(batch, &[])?;
         let model = self.model;
         model.backend.last_logits(&model.config, &model.norm, model.lm_head(), &last, &mut self.cache)
     }
 
-    fn greedy(&mut self, batch: &Batch<'_>) -> Result<Vec<Result<u32>>> {
-        let last = self.pass(batch)?;
+    fn sample(&mut self, batch: &Batch<'_>, draws: &[Draw<'_>]) -> Result<Vec<Result<u32>>> {
+        if draws.len() != batch.segments.len() {
+            let (got, segments) = (draws.len(), batch.segments.len());
+            return Err(Error::Input(format!("{got} draws were given for {segments} segments: give one for each")));
+        }
+        let last = self.pass(batch, draws)?;
         let model = self.model;
-        model.backend.last_tokens(&model.config, &model.norm, model.lm_head(), &last, &mut self.cache)
+        model.backend.last_tokens(&model.config, &model.norm, model.lm_head(), &last, draws, &mut self.cache)
     }
 }

@@ -8,9 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anabranch::Sampling;
+use anabranch::{Sampling, reference::sample};
 use anabranch_model::{
-    Batch, Cpu, Engine, Event, Finish, Forward, Limits, Model, Request, RequestId, Segment, Session, blocks_for,
+    Batch, Cpu, Draw, Engine, Event, Finish, Forward, Limits, Model, Request, RequestId, Result, Segment, Session,
+    blocks_for,
 };
 use fake::Fake;
 use rand_chacha::{
@@ -178,6 +179,145 @@ fn greedy_requests_follow_the_largest_logit() {
     let ended = alone(Fake::hashing(512), &request);
     assert_eq!(ended.finish, Some(Finish::Eos));
     assert!(got.ids.starts_with(&ended.ids) && ended.ids.last() == Some(&got.ids[9]));
+}
+
+/// Rules and seeds of requests that share a batch, none like another.
+fn mixture() -> Vec<Request> {
+    let drawn = || Sampling::builder().temperature(0.8);
+    let penalized = |builder: anabranch::SamplingBuilder| builder.repetition_penalty(1.3);
+    let rules = [
+        Sampling::greedy(),
+        drawn().build().unwrap(),
+        drawn().top_k(9).top_p(0.9).build().unwrap(),
+        penalized(drawn().temperature(0.0)).build().unwrap(),
+        penalized(drawn().min_p(0.02)).build().unwrap(),
+        drawn().build().unwrap(),
+    ];
+    let request = |(index, sampling): (usize, Sampling)| {
+        let prompt = vec![40 + index as u32; 1 + 37 * index];
+        // The last one has the seed of the second, and a stream of its own.
+        let (seed, stream) = if index == 5 { (1, 9) } else { (index as u64, 0) };
+        Request { sampling, seed, stream, ..greedy(prompt, 80) }
+    };
+    rules.into_iter().enumerate().map(request).collect()
+}
+
+/// What a request gets, by its definition: one number of its seed's stream for each token, and nothing else.
+fn defined(model: &Fake, request: &Request) -> Vec<u32> {
+    let mut random = ChaCha12Rng::seed_from_u64(request.seed);
+    random.set_stream(request.stream);
+    let mut ids = request.prompt.clone();
+    for _ in 0..request.max_new_tokens {
+        let u = (random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
+        ids.push(sample(&request.sampling, &model.row(&ids), &ids, u).unwrap());
+    }
+    ids.split_off(request.prompt.len())
+}
+
+/// A model that draws by itself and shows no logits.
+struct Drawing(Fake);
+
+impl Forward for Drawing {
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+
+    fn max_position_embeddings(&self) -> usize {
+        self.0.max_position_embeddings()
+    }
+
+    fn reset(&mut self, blocks: usize) -> Result<()> {
+        self.0.reset(blocks)
+    }
+
+    fn forward(&mut self, _: &Batch<'_>) -> Result<Vec<f32>> {
+        panic!("nobody needs logits");
+    }
+
+    fn sample(&mut self, batch: &Batch<'_>, draws: &[Draw<'_>]) -> Result<Vec<Result<u32>>> {
+        for (segment, draw) in batch.segments.iter().zip(draws) {
+            // In the middle of a prompt nothing is drawn.
+            assert!(draw.seen.len() == segment.position + segment.len || *draw == Draw::greedy());
+        }
+        self.0.sample(batch, draws)
+    }
+}
+
+/// Tokens hang on the request alone: not on what else is in the batch, on who waits or computes again, or on passes that fail.
+#[test]
+fn each_request_draws_from_its_own_stream() {
+    let requests = mixture();
+    let expected: Vec<Vec<u32>> = requests.iter().map(|request| defined(&Fake::hashing(512), request)).collect();
+    assert_ne!(expected[1], expected[5]);
+    for (limits, fail, reversed) in [
+        (Limits::new(64), None, false),
+        (Limits::new(64), None, true),
+        (Limits { blocks: 7, running: 4, prompt_tokens: 32 }, None, false),
+        (Limits { blocks: 9, running: 6, prompt_tokens: 64 }, Some(5), true),
+        (Limits { blocks: 9, running: 6, prompt_tokens: 64 }, Some(90), false),
+    ] {
+        let mut model = Fake::hashing(512);
+        model.fail = fail;
+        let mut engine = Engine::new(Drawing(model), limits).unwrap();
+        let mut order: Vec<usize> = (0..requests.len()).collect();
+        if reversed {
+            order.reverse();
+        }
+        let names = order.iter().map(|index| (engine.submit(requests[*index].clone()).unwrap(), *index));
+        let names: BTreeMap<RequestId, usize> = names.collect();
+        let (mut outcomes, mut failures) = (Outcomes::default(), 0);
+        while !engine.is_idle() {
+            match engine.step() {
+                Ok(step) => outcomes.note(step.events),
+                Err(_) => failures += 1,
+            }
+        }
+        assert_eq!(failures, usize::from(fail.is_some()));
+        for (id, outcome) in outcomes.0 {
+            assert_eq!(outcome.ids, expected[names[&id]], "request {} with {limits:?}", names[&id]);
+        }
+    }
+}
+
+#[test]
+fn a_model_that_gives_too_few_tokens_is_an_error() {
+    struct Silent;
+    impl Forward for Silent {
+        fn vocab_size(&self) -> usize {
+            512
+        }
+        fn max_position_embeddings(&self) -> usize {
+            512
+        }
+        fn reset(&mut self, _: usize) -> Result<()> {
+            Ok(())
+        }
+        fn forward(&mut self, _: &Batch<'_>) -> Result<Vec<f32>> {
+            Ok(vec![])
+        }
+        fn sample(&mut self, _: &Batch<'_>, _: &[Draw<'_>]) -> Result<Vec<Result<u32>>> {
+            Ok(vec![])
+        }
+    }
+    let mut engine = Engine::new(Silent, Limits::new(4)).unwrap();
+    engine.submit(greedy(vec![1], 1)).unwrap();
+    assert_eq!(engine.step().unwrap_err().to_string(), "engine: tokens must be one for each of 1 segments, got 0");
+}
+
+#[test]
+fn a_session_wants_a_draw_for_each_segment() {
+    let model = Model::load(&golden()[0], Cpu, &mut |_, _| {}).unwrap();
+    let mut session = Session::new(&model).unwrap();
+    session.reset(1).unwrap();
+    let segments = [Segment { blocks: &[0], position: 0, len: 2 }];
+    let batch = Batch { ids: &[3, 4], segments: &segments };
+    let error = session.sample(&batch, &[]).unwrap_err().to_string();
+    assert_eq!(error, "0 draws were given for 1 segments: give one for each");
+    // Nothing was computed: the same pass is still the next one.
+    let drawn = Draw { sampling: Sampling::builder().build().unwrap(), seen: &[], u: 0.7 };
+    let token = session.sample(&batch, &[drawn]).unwrap().remove(0).unwrap();
+    session.reset(1).unwrap();
+    assert_eq!(token, drawn.token(&session.forward(&batch).unwrap()).unwrap());
 }
 
 /// A long prompt comes in pieces; what decodes meanwhile gets a token in every pass.

@@ -266,5 +266,5 @@ fn logits_without_a_distribution_are_an_error() {
         generate(&mut model, &tokenizer(), &[vec![9]], &greedy, &|| false, &mut |_, _| Ok(())).unwrap_err().to_string()
     };
     assert_eq!(run(Broken(f32::NAN)), "sampling: logits must be free of NaN and plus infinity, got NaN for token 0");
-    assert_eq!(run(Broken(0.0)), "engine: logits must be 1 rows of 512, got 0");
+    assert_eq!(run(Broken(0.0)), "sampling: logits must be 1 rows of 512, got 0 numbers");
 }

@@ -3,11 +3,11 @@
 
 use anabranch::cuda::{Graph, Recording};
 
-use super::{cache::CudaCache, memory::Gpu};
-use crate::{Batch, Result};
+use super::{cache::CudaCache, draws::any_drawn, memory::Gpu};
+use crate::{Batch, Draw, Result};
 
 /// Steps of more sequences than this are not recorded: their launches take less time than their work.
-const MOST_SEQUENCES: usize = 256;
+pub(super) const MOST_SEQUENCES: usize = 256;
 /// Graphs that are kept; the oldest make room.
 const MOST_GRAPHS: usize = 32;
 
@@ -16,6 +16,8 @@ const MOST_GRAPHS: usize = 32;
 struct Key {
     tokens: usize,
     max_kv_len: usize,
+    /// Whether tokens are drawn on the GPU, where else the most probable are found. By what is in buffers.
+    drawn: bool,
     /// The count of allocations: after another one, a buffer may be elsewhere.
     allocations: u64,
 }
@@ -47,6 +49,11 @@ impl Graphs {
     /// Whether the pass's steps have been launched as a graph.
     pub(super) fn replayed(&self) -> bool {
         matches!(self.pass, Pass::Replayed)
+    }
+
+    /// Whether what is launched now is recorded: copies from the host's memory cannot be, and are there already.
+    pub(super) fn recording(&self) -> bool {
+        matches!(self.pass, Pass::Recorded(..))
     }
 
     /// Whether the batch of the pass that begins is on the GPU already. A pass that was not announced is not recorded.
@@ -83,7 +90,7 @@ impl Graphs {
 
 impl CudaCache {
     /// Begins a pass that may be a recorded one: true if it is, and runs.
-    pub(super) fn replay(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<bool> {
+    pub(super) fn replay(&mut self, gpu: &Gpu, batch: &Batch<'_>, draws: &[Draw<'_>]) -> Result<bool> {
         // A recording that a failure left ends here.
         self.graphs.pass = Pass::Plain;
         let decodes = batch.segments.iter().all(|segment| segment.len == 1);
@@ -92,16 +99,22 @@ impl CudaCache {
         }
         self.begin(gpu, batch)?;
         let (tokens, max_kv_len) = (self.batch.tokens, self.batch.max_kv_len());
-        let key = Key { tokens, max_kv_len, allocations: gpu.usage().allocations };
+        let key = Key { tokens, max_kv_len, drawn: any_drawn(draws), allocations: gpu.usage().allocations };
         let graphs = &mut self.graphs;
         graphs.recorded.retain(|(recorded, _)| recorded.allocations == key.allocations);
-        if let Some((_, graph)) = graphs.recorded.iter().find(|(recorded, _)| *recorded == key) {
+        let known = graphs.recorded.iter().find(|(recorded, _)| *recorded == key);
+        let records = known.is_none() && graphs.seen == Some(key) && !graphs.refused;
+        if known.is_some() || records {
+            // A pass that is launched piece by piece brings them at its end.
+            self.work.draws.set(gpu, draws)?;
+        }
+        if let Some((_, graph)) = known {
             graph.launch()?;
             graphs.pass = Pass::Replayed;
             return Ok(true);
         }
         graphs.pass = Pass::Begun;
-        if graphs.seen == Some(key) && !graphs.refused {
+        if records {
             match Recording::begin(&gpu.stream) {
                 Ok(recording) => graphs.pass = Pass::Recorded(key, recording),
                 Err(error) => {

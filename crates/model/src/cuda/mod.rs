@@ -5,6 +5,7 @@
 
 mod attention;
 mod cache;
+mod draws;
 mod graphs;
 mod layers;
 mod load;
@@ -20,20 +21,21 @@ pub use memory::GpuUsage;
 pub use moe::CudaFeedForward;
 
 use anabranch::cuda::{
-    CUBLASLT_FROM_TOKENS, Device, Epilogue, LinearInput, Stream, Tensor, Tile, View, argmax_into, argmax_workspace,
-    embedding, embedding_into, linear,
+    CUBLASLT_FROM_TOKENS, Device, Epilogue, LinearInput, SampleInput, Stream, Tensor, Tile, View, argmax_into,
+    argmax_workspace, embedding, embedding_into, linear, sample_into,
 };
 use half::bf16;
 
 use self::{
+    draws::{any_drawn, wants_logits},
     layers::Dense,
     load::{Axis, pad},
     memory::{Gpu, explain},
     workspace::Workspace,
 };
 use crate::{
-    Backend, Batch, Config, Error, Result,
-    backend::{Routed, check_row, most_probable},
+    Backend, Batch, Config, Draw, Error, Result,
+    backend::{Routed, check_row, draw_rows},
     weights::{AttentionWeights, FeedForwardWeights, StoredLinear},
 };
 
@@ -214,7 +216,7 @@ impl Backend for Cuda {
         rows: &[usize],
         cache: &mut CudaCache,
     ) -> Result<Vec<f32>> {
-        self.finish(config, norm, head, rows, cache)?;
+        self.finish(config, norm, head, rows, &[], cache)?;
         self.download_f32(&cache.work.logits.part(0, [rows.len(), head.0.out()])?, config.vocab_size)
     }
 
@@ -224,35 +226,46 @@ impl Backend for Cuda {
         norm: &CudaNorm,
         head: &CudaTable,
         rows: &[usize],
+        draws: &[Draw<'_>],
         cache: &mut CudaCache,
     ) -> Result<Vec<Result<u32>>> {
-        if head.0.out() != config.vocab_size {
+        let vocab = config.vocab_size;
+        if head.0.out() != vocab {
             // What pads a row may be its largest.
-            return Ok(most_probable(&self.last_logits(config, norm, head, rows, cache)?, config.vocab_size));
+            return draw_rows(&self.last_logits(config, norm, head, rows, cache)?, vocab, draws);
         }
-        self.finish(config, norm, head, rows, cache)?;
-        let tokens = self.gpu.stream.download(&cache.work.tokens.part(0, [rows.len()])?)?;
+        self.finish(config, norm, head, rows, draws, cache)?;
+        let (stream, work) = (&self.gpu.stream, &cache.work);
+        let tokens = stream.download(&work.tokens.part(0, [rows.len()])?)?;
         let refused = || {
             Error::Input(
                 "logits hold NaN or plus infinity, or nothing but minus infinity: there is no token to draw".to_owned(),
             )
         };
-        Ok(tokens.into_iter().map(|token| u32::try_from(token).map_err(|_| refused())).collect())
+        let token = |(row, (token, draw)): (usize, (i32, &Draw<'_>))| {
+            if wants_logits(draw) {
+                let logits = stream.download(&work.logits.part(row * vocab, [vocab])?)?;
+                return Ok(draw.token(&logits));
+            }
+            Ok(u32::try_from(token).map_err(|_| refused()))
+        };
+        tokens.into_iter().zip(draws).enumerate().map(token).collect()
     }
 
-    fn replay(&self, batch: &Batch<'_>, cache: &mut CudaCache) -> Result<bool> {
-        cache.replay(&self.gpu, batch)
+    fn replay(&self, batch: &Batch<'_>, draws: &[Draw<'_>], cache: &mut CudaCache) -> Result<bool> {
+        cache.replay(&self.gpu, batch, draws)
     }
 }
 
 impl Cuda {
-    /// Ends a pass: logits of some rows and each one's most probable token, in the workspace.
+    /// Ends a pass: logits of some rows, and the tokens that are drawn from them or the most probable ones, in the workspace.
     fn finish(
         &self,
         config: &Config,
         norm: &CudaNorm,
         head: &CudaTable,
         rows: &[usize],
+        draws: &[Draw<'_>],
         cache: &mut CudaCache,
     ) -> Result<()> {
         if cache.graphs.replayed() {
@@ -282,9 +295,17 @@ impl Cuda {
             embedding_into(stream, &x, &work.rows.part(0, [count])?, picked)?;
             head.0.run(stream, work.picked.part(0, [count, width])?, &mut work.logits.part_mut(0, shape)?)?;
         }
+        if !graphs.recording() {
+            work.draws.set(gpu, draws)?;
+        }
         let (logits, tokens) = (work.logits.part(0, shape)?, &mut work.tokens.part_mut(0, [count])?);
-        // Whether logits or tokens are asked for, a recorded step serves both.
-        argmax_into(stream, &logits, &mut work.bytes.view_mut(), tokens)?;
+        if any_drawn(draws) {
+            let mut input = SampleInput { logits, rows: work.draws.rows(count)?, seen: None };
+            sample_into(stream, &mut input, tokens)?;
+        } else {
+            // Whether logits or tokens are asked for, a recorded step serves both.
+            argmax_into(stream, &logits, &mut work.bytes.view_mut(), tokens)?;
+        }
         graphs.finish()
     }
 

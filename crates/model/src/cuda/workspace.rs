@@ -5,6 +5,7 @@ use half::bf16;
 
 use super::{
     attention,
+    draws::Draws,
     layers::{Dense, Norm},
     load::pad,
     memory::{Buffer, Gpu, Purpose, explain},
@@ -36,10 +37,11 @@ pub(super) struct Workspace {
     pub(super) bytes: Buffer<u8>,
     /// The routed experts' plan for as many tokens as there is room for.
     pub(super) moe: Option<MoeLayer>,
-    /// Rows of `normed` that logits are wanted of, these rows, their logits, and the most probable tokens.
+    /// Rows of `normed` that logits are wanted of, these rows, their logits, how tokens are drawn from them, and the tokens.
     pub(super) rows: Buffer<u32>,
     pub(super) picked: Buffer<bf16>,
     pub(super) logits: Buffer<f32>,
+    pub(super) draws: Draws,
     pub(super) tokens: Buffer<i32>,
 }
 
@@ -105,6 +107,7 @@ impl Workspace {
             rows: none(gpu)?,
             picked: none(gpu)?,
             logits: none(gpu)?,
+            draws: Draws::new(gpu)?,
             tokens: none(gpu)?,
         })
     }

@@ -1,7 +1,7 @@
 //! Decode steps that are recorded and repeated against steps that are launched piece by piece.
 
 use anabranch::{Sampling, reference::sample};
-use anabranch_model::{BLOCK_SIZE, Batch, Cuda, CudaCache, Forward, Model, Segment, Session, blocks_for};
+use anabranch_model::{BLOCK_SIZE, Batch, Cuda, CudaCache, Draw, Forward, Model, Segment, Session, blocks_for};
 
 use crate::support::{golden, load, on_gpu};
 
@@ -51,6 +51,12 @@ fn decode(
     all
 }
 
+/// The most probable tokens of a pass that may be a recorded one.
+fn greedy(session: &mut Session<'_, Cuda>, batch: &Batch<'_>) -> Vec<u32> {
+    let draws = vec![Draw::greedy(); batch.segments.len()];
+    session.sample(batch, &draws).unwrap().into_iter().map(|id| id.unwrap()).collect()
+}
+
 /// The tokens of a pass that is launched piece by piece.
 fn piece_by_piece(model: &Model<Cuda>, cache: &mut CudaCache, batch: &Batch<'_>) -> Vec<u32> {
     let vocab = model.config().vocab_size;
@@ -75,9 +81,7 @@ fn repeated_steps_give_the_same_tokens() {
             for sequences in [&[0, 1][..], &[1], &[0]] {
                 let mut cache = model.cache(blocks()).unwrap();
                 let expected = decode(&model, sequences, &mut |_, batch| piece_by_piece(&model, &mut cache, batch));
-                let by_token = decode(&model, sequences, &mut |session, batch| {
-                    session.greedy(batch).unwrap().into_iter().map(|id| id.unwrap()).collect()
-                });
+                let by_token = decode(&model, sequences, &mut greedy);
                 assert_eq!(by_token, expected, "{name}: sequences {sequences:?}");
                 let by_logits = decode(&model, sequences, &mut |session, batch| {
                     let logits = session.forward(batch).unwrap();
@@ -105,7 +109,7 @@ fn recorded_steps_outlive_other_passes() {
                 let mut next = |ids: &[u32], segments: &[Segment<'_>]| -> Vec<u32> {
                     let batch = Batch { ids, segments };
                     if repeat {
-                        return session.greedy(&batch).unwrap().into_iter().map(|id| id.unwrap()).collect();
+                        return greedy(&mut session, &batch);
                     }
                     piece_by_piece(&model, &mut cache, &batch)
                 };

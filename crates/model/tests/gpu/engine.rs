@@ -219,8 +219,12 @@ fn the_same_requests_give_the_same_tokens() {
                 let session = anabranch_model::Session::new(&model).unwrap();
                 let mut engine = Engine::new(session, Limits { running: 9, ..Limits::new(12) }).unwrap();
                 let mut random = Random(5);
-                for _ in 0..40 {
-                    engine.submit(random.request(model.config().vocab_size)).unwrap();
+                let drawn = anabranch::Sampling::builder().temperature(0.9).top_k(50).top_p(0.95).build().unwrap();
+                for stream in 0..40 {
+                    let request = Request { seed: 3, stream, ..random.request(model.config().vocab_size) };
+                    // Some are drawn, beside others that are not.
+                    let sampling = if random.below(2) == 0 { drawn } else { request.sampling };
+                    engine.submit(Request { sampling, ..request }).unwrap();
                 }
                 run(&mut engine, true)
             };

@@ -10,4 +10,5 @@ mod loading;
 mod memory;
 mod parity;
 mod routing;
+mod sampling;
 mod support;

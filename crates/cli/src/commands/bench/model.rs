@@ -4,7 +4,7 @@ use super::bars;
 use crate::{commands::at_least_one, device::Device, failure::Failure, output, progress, source::configuration, units};
 use anabranch::Dtype;
 use anabranch_model::{
-    BLOCK_SIZE, Batch, Config, Cuda, Forward, Model, Segment, Session, analysis::Analysis, blocks_for,
+    BLOCK_SIZE, Batch, Config, Cuda, Draw, Forward, Model, Segment, Session, analysis::Analysis, blocks_for,
 };
 use serde::Serialize;
 use std::{path::PathBuf, time::Instant};
@@ -190,15 +190,16 @@ fn decode(session: &mut Session<'_, Cuda>, batch: usize, context: usize) -> Resu
     for ((blocks, next), prompt) in tables.iter().zip(&mut next).zip(prompts.chunks_exact(context)) {
         for (piece, ids) in prompt.chunks(PIECE).enumerate() {
             let segments = [Segment { blocks, position: piece * PIECE, len: ids.len() }];
-            *next = session.greedy(&Batch { ids, segments: &segments })?.remove(0)?;
+            *next = session.sample(&Batch { ids, segments: &segments }, &[Draw::greedy()])?.remove(0)?;
         }
     }
+    let draws = vec![Draw::greedy(); batch];
     let mut seconds = Vec::with_capacity(STEPS);
     for step in 0..WARM + STEPS {
         let segments: Vec<Segment<'_>> =
             tables.iter().map(|blocks| Segment { blocks, position: context + step, len: 1 }).collect();
         let start = Instant::now();
-        let drawn = session.greedy(&Batch { ids: &next, segments: &segments })?;
+        let drawn = session.sample(&Batch { ids: &next, segments: &segments }, &draws)?;
         if step >= WARM {
             seconds.push(start.elapsed().as_secs_f64());
         }
@@ -216,7 +217,7 @@ fn prefill(session: &mut Session<'_, Cuda>, tokens: usize) -> Result<Vec<f64>, F
     let mut seconds = Vec::with_capacity(PASSES);
     for pass in 0..=PASSES {
         let start = Instant::now();
-        session.greedy(&Batch { ids: &prompt, segments: &segments })?;
+        session.sample(&Batch { ids: &prompt, segments: &segments }, &[Draw::greedy()])?;
         if pass > 0 {
             seconds.push(start.elapsed().as_secs_f64());
         }
