@@ -12,7 +12,7 @@ namespace anabranch::decode_step {
 
 #ifndef DS_WARPS
 #define DS_WARPS 16
-#define DS_DEPTH 16
+#define DS_DEPTH 15
 #endif
 constexpr uint32_t kWarps = DS_WARPS;
 constexpr uint32_t kThreads = kWarps * kWarpSize;
@@ -103,7 +103,7 @@ struct Places {
   // In the vector's place:
   uint32_t keys;      // [stages, keys, key pitch]
   uint32_t values;    // [stages, keys, value pitch]
-  uint32_t query;     // [16, key pitch] bf16
+  uint32_t query;     // [16 + 2, key pitch] bf16: queries, then the new key and value
   uint32_t fresh;     // [16 + 2, fresh_dim] floats: new queries, key, value
   uint32_t scores;    // [parts, 16, keys] floats
   uint32_t weights;   // [16, keys + 8] bf16
@@ -122,7 +122,7 @@ struct Places {
     p.keys = p.vector;
     p.values = p.keys + Tile::kStages * Tile::kKeys * pitch_of(a.key_dim);
     p.query = kLatent ? p.values : p.values + Tile::kStages * Tile::kKeys * pitch_of(a.value_dim);
-    p.fresh = p.query + up(kRows * pitch_of(a.key_dim));
+    p.fresh = p.query + up((kRows + 2) * pitch_of(a.key_dim));
     p.scores = p.fresh + up((kRows * fresh_dim<kLatent>(args) + a.key_dim + a.value_dim) * 4);
     p.weights = p.scores + kRows * kWarps * 8 * 4;
     uint32_t attention = p.weights + kRows * (Tile::kKeys + 8) * 2 - p.vector;

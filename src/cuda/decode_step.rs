@@ -3,13 +3,13 @@
 use half::bf16;
 
 use super::{
-    RopeTable, Stream, Tensor, View, ViewMut,
+    Arch, RopeTable, Stream, Tensor, View, ViewMut,
     checks::size,
     launch::{Launch, Pointer, launched},
     router::rule,
     sys,
 };
-use crate::{Error, Result, RopeLayout, Routing, reference::AttentionShape};
+use crate::{Error, Result, Rope, RopeLayout, Routing, reference::AttentionShape};
 
 const OPERATION: &str = "decode_step";
 
@@ -126,9 +126,9 @@ pub struct DecodeSequence<'a> {
 /// #     sequence: &anabranch::cuda::DecodeSequence<'_>,
 /// #     x: &mut anabranch::cuda::ViewMut<'_, half::bf16>,
 /// # ) -> anabranch::Result<()> {
-/// use anabranch::cuda::DecodeStep;
+/// use anabranch::cuda::{Arch, DecodeStep};
 ///
-/// if let Some(mut step) = DecodeStep::new(stream, &shape, rope.rope())? {
+/// if let Some(mut step) = DecodeStep::new(stream, &shape, rope.rope(), Arch::Auto)? {
 ///     step.run_into(stream, rope, layers, sequence, x)?;
 /// }
 /// # Ok(())
@@ -144,17 +144,19 @@ pub struct DecodeStep {
 impl DecodeStep {
     /// A step of models of this shape on the stream's GPU, if there is a kernel for it: compute capability 9.0, attention of at most 16
     /// query heads a key head, of 16 to 128 elements (latent: 512 and 64), d up to 4,096, up to 256 experts and 96 layers, no biases.
+    /// There is none for [`Arch::Sm80`], nor for [`Arch::Auto`] where `ANABRANCH_ARCH` says so.
     ///
     /// # Errors
-    /// [`Error::Setting`] if a size is out of range, [`Error::OutOfMemory`], or [`Error::Launch`] if the router's rule contradicts itself.
-    pub fn new(stream: &Stream, shape: &DecodeShape, rope: &crate::Rope) -> Result<Option<Self>> {
+    /// [`Error::Setting`] if a size is out of range or `ANABRANCH_ARCH` names no path, [`Error::OutOfMemory`], or [`Error::Launch`] if the router's rule contradicts itself.
+    pub fn new(stream: &Stream, shape: &DecodeShape, rope: &Rope, arch: Arch) -> Result<Option<Self>> {
+        if arch.named()? == Arch::Sm80 {
+            return Ok(None);
+        }
         Launch::bind(OPERATION, stream.device())?;
         let described = describe(shape, rope)?;
         let (mut takes, mut bytes) = (0, 0);
         // SAFETY: all three point to live values of their types.
-        let status = unsafe {
-            sys::anabranch_decode_step_takes(&raw const described, &raw mut takes, &raw mut bytes)
-        };
+        let status = unsafe { sys::anabranch_decode_step_takes(&raw const described, &raw mut takes, &raw mut bytes) };
         launched(OPERATION, status)?;
         if takes == 0 {
             return Ok(None);
@@ -352,7 +354,7 @@ impl<'a> Guards<'a> {
     }
 }
 
-fn describe(shape: &DecodeShape, rope: &crate::Rope) -> Result<sys::AnabranchDecodeShape> {
+fn describe(shape: &DecodeShape, rope: &Rope) -> Result<sys::AnabranchDecodeShape> {
     let AttentionShape { num_heads, num_kv_heads, key_dim, value_dim, scale } = shape.attention;
     let [q_dim, o_dim] = shape.latent.unwrap_or([0, 0]);
     let none = sys::AnabranchRouting {

@@ -78,6 +78,12 @@ impl Arch {
         }
     }
 
+    /// What the environment makes of it.
+    pub(super) fn named(self) -> Result<Self> {
+        let variable = env::var_os(VARIABLE).map(|value| value.to_string_lossy().into_owned());
+        self.resolve(variable.as_deref())
+    }
+
     fn to_sys(self) -> sys::AnabranchArch {
         match self {
             Self::Auto => sys::AnabranchArch::ANABRANCH_ARCH_AUTO,
@@ -238,15 +244,14 @@ pub struct MoeLayer {
 
 impl MoeLayer {
     /// Plans for up to `most_tokens` tokens a call. Nothing is launched or allocated. With [`Arch::Auto`] the
-    /// environment variable `ANABRANCH_ARCH` (`auto`, `sm80` or `sm90`) is read, here and only here.
+    /// environment variable `ANABRANCH_ARCH` (`auto`, `sm80` or `sm90`) is read.
     ///
     /// # Errors
     /// [`Error::Setting`] if a size is out of range, the GPU or the shape does not allow `arch`, or the environment
     /// variable names no path; [`Error::Launch`] if the kernels refuse the shape for another reason, such as 2^31 pairs
     /// or more.
     pub fn plan(device: &Device, shape: &MoeShape, most_tokens: usize, arch: Arch) -> Result<Self> {
-        let variable = env::var_os(VARIABLE).map(|value| value.to_string_lossy().into_owned());
-        let arch = arch.resolve(variable.as_deref())?;
+        let arch = arch.named()?;
         shape.check()?;
         let plan = MoePlan::of(device, shape, most_tokens, arch)?;
         Ok(Self { device: device.clone(), shape: *shape, most_tokens, arch, plan })

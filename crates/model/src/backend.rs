@@ -93,6 +93,18 @@ pub(crate) fn draw_rows(logits: &[f32], vocab_size: usize, draws: &[Draw<'_>]) -
     Ok(rows.zip(draws).map(|(row, draw)| draw.token(row)).collect())
 }
 
+/// A layer of a model on a backend: norm, attention, norm, feed-forward, each pair added to the residual stream.
+pub struct Block<B: Backend + ?Sized> {
+    /// Before the attention.
+    pub attention_norm: B::Norm,
+    /// The attention.
+    pub attention: B::Attention,
+    /// Before the feed-forward part.
+    pub feed_forward_norm: B::Norm,
+    /// The feed-forward part.
+    pub feed_forward: B::FeedForward,
+}
+
 /// A device that runs a model's steps. The model is written once over this trait.
 ///
 /// Loading takes a part's weights as they come and returns them in whatever form the backend computes with. A pass begins with
@@ -181,6 +193,16 @@ pub trait Backend {
         routing: &mut Routed<'_>,
         cache: &mut Self::Cache,
     ) -> Result<()>;
+
+    /// All blocks at once, from [`Backend::embed`] on, where a backend has a way of its own to do that for a pass: true if it did, false
+    /// if the blocks are to be run step by step. Nobody looks at such a pass on its way.
+    ///
+    /// # Errors
+    /// See [`Backend::attention`].
+    fn decode(&self, config: &Config, blocks: &[Block<Self>], cache: &mut Self::Cache) -> Result<bool> {
+        let _ = (config, blocks, cache);
+        Ok(false)
+    }
 
     /// The residual stream x on the host, `[tokens, d]`.
     ///

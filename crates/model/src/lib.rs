@@ -51,7 +51,7 @@ mod tokenizer;
 pub mod weights;
 mod whole_file;
 
-pub use backend::{Backend, Batch, Draw, Routed, Segment, TopkIds};
+pub use backend::{Backend, Batch, Block, Draw, Routed, Segment, TopkIds};
 pub use blocks::{BLOCK_SIZE, blocks_for};
 pub use chat::{ChatTemplate, Message, Reply, SpecialTokens};
 pub use checkpoint::{Checkpoint, Tensor, TensorFile};

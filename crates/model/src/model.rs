@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use crate::{
-    Backend, Batch, Checkpoint, Config, Cpu, Draw, Error, Forward, Result,
+    Backend, Batch, Block, Checkpoint, Config, Cpu, Draw, Error, Forward, Result,
     backend::{Routed, TopkIds},
     config::FeedForward,
     weights::{Origin, Weights},
@@ -34,14 +34,6 @@ pub struct Model<B: Backend = Cpu> {
     norm: B::Norm,
     /// `None` if it is the embedding table.
     head: Option<B::Table>,
-}
-
-/// norm, attention, norm, feed-forward, each pair added to the residual stream.
-struct Block<B: Backend> {
-    attention_norm: B::Norm,
-    attention: B::Attention,
-    feed_forward_norm: B::Norm,
-    feed_forward: B::FeedForward,
 }
 
 impl<B: Backend> Model<B> {
@@ -166,6 +158,9 @@ impl<B: Backend> Model<B> {
     ) -> Result<()> {
         let (backend, config) = (&self.backend, &self.config);
         backend.embed(config, &self.embedding, batch, cache)?;
+        if observer.is_none() && routing.is_empty() && backend.decode(config, &self.blocks, cache)? {
+            return Ok(());
+        }
         for (layer, block) in self.blocks.iter().enumerate() {
             if let Some(observer) = observer.as_deref_mut() {
                 observer.hidden(layer, backend.residual(config, cache)?);

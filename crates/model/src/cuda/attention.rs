@@ -6,8 +6,9 @@
 
 use anabranch::{
     cuda::{
-        AttentionInput, Epilogue, Gather, GroupedGemmInput, HeadRange, RopeBuffers, RopeCache, Stream, Tensor, Tile,
-        View, ViewMut, attention_into, attention_workspace, grouped_gemm_into, permute_rows_into, rope_into,
+        AttentionInput, DecodeProjections, Epilogue, Gather, GroupedGemmInput, HeadRange, RopeBuffers, RopeCache,
+        Stream, Tensor, Tile, View, ViewMut, attention_into, attention_workspace, grouped_gemm_into, permute_rows_into,
+        rope_into,
     },
     reference::AttentionShape,
 };
@@ -66,17 +67,17 @@ struct Latent {
 
 /// Sizes of latent attention as the device has them.
 #[derive(Debug, Clone, Copy)]
-struct LatentSizes {
-    num_heads: usize,
+pub(super) struct LatentSizes {
+    pub(super) num_heads: usize,
     /// Of a projected query head.
-    head: usize,
-    latent: usize,
+    pub(super) head: usize,
+    pub(super) latent: usize,
     rope: usize,
-    value: usize,
+    pub(super) value: usize,
 }
 
 impl LatentSizes {
-    fn of(attention: &Attention) -> Option<Self> {
+    pub(super) fn of(attention: &Attention) -> Option<Self> {
         let &Attention::Latent { num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, .. } =
             attention
         else {
@@ -92,7 +93,7 @@ impl LatentSizes {
     }
 
     /// Of a cached row, and a query that attends to it.
-    fn key(&self) -> usize {
+    pub(super) fn key(&self) -> usize {
         self.latent + self.rope
     }
 }
@@ -157,6 +158,34 @@ impl CudaAttention {
             }
         };
         Ok(Self { kind, output: Dense::load(gpu, o, d, heads)? })
+    }
+
+    /// Columns of the residual stream.
+    pub(super) fn width(&self) -> usize {
+        self.output.out()
+    }
+
+    /// What a step of all layers wants to know: what makes heads, the output projection, and the widths of the cache's rows.
+    pub(super) fn of_step(&self) -> Result<(DecodeProjections<'_>, View<'_, bf16>, [usize; 2])> {
+        let (projections, widths) = match &self.kind {
+            Kind::Grouped(grouped) => {
+                let AttentionShape { num_kv_heads, key_dim, value_dim, .. } = grouped.shape;
+                let norms = grouped.head_norms.as_ref().map(|[q, k]| [q.weight(), k.weight()]);
+                let widths = [num_kv_heads * key_dim, num_kv_heads * value_dim];
+                (DecodeProjections::Grouped { qkv: grouped.qkv.weight(), norms }, widths)
+            }
+            Kind::Latent(latent) => {
+                let projections = DecodeProjections::Latent {
+                    q: latent.q.weight(),
+                    kv: latent.kv_a.weight(),
+                    kv_norm: latent.kv_a_norm.weight(),
+                    absorb: latent.absorb.view(),
+                    expand: latent.expand.view(),
+                };
+                (projections, [latent.shape.key_dim, 0])
+            }
+        };
+        Ok((projections, self.output.weight(), widths))
     }
 
     /// From the residual stream to `delta`.

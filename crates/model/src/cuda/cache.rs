@@ -1,10 +1,10 @@
 //! Keys and values on the GPU, and the batch of the pass under way.
 
-use anabranch::cuda::{AttentionBatch, RopeTable, View};
+use anabranch::cuda::{AttentionBatch, DecodeStep, RopeTable, View};
 use half::bf16;
 
 use super::{
-    attention,
+    attention, decode,
     graphs::Graphs,
     memory::{Buffer, Gpu, Purpose, explain},
     workspace::Workspace,
@@ -25,6 +25,8 @@ pub struct CudaCache {
     pub(super) rope: RopeTable,
     pub(super) batch: DeviceBatch,
     pub(super) work: Workspace,
+    /// Where a token goes through all layers in one launch.
+    pub(super) step: Option<DecodeStep>,
 }
 
 /// One layer's rows.
@@ -74,7 +76,8 @@ impl CudaCache {
         let rope = RopeTable::new(&gpu.stream, &config.rope)?;
         let batch = DeviceBatch::new(gpu, attention::latent_heads(config), rows)?;
         let (written, work) = (Written::new(blocks), Workspace::new(gpu, config)?);
-        Ok(Self { graphs: Graphs::default(), layers, written, rope, batch, work })
+        let step = decode::step(gpu, config)?;
+        Ok(Self { graphs: Graphs::default(), layers, written, rope, batch, work, step })
     }
 
     fn layers(gpu: &Gpu, config: &Config, rows: usize) -> Result<Vec<LayerCache>> {

@@ -5,6 +5,7 @@
 
 mod attention;
 mod cache;
+mod decode;
 mod draws;
 mod graphs;
 mod layers;
@@ -34,7 +35,7 @@ use self::{
     workspace::Workspace,
 };
 use crate::{
-    Backend, Batch, Config, Draw, Error, Result,
+    Backend, Batch, Block, Config, Draw, Error, Result,
     backend::{Routed, check_row, draw_rows},
     weights::{AttentionWeights, FeedForwardWeights, StoredLinear},
 };
@@ -176,6 +177,10 @@ impl Backend for Cuda {
         weights.run(&self.gpu, norm, routing, cache)?;
         cache.work.residual.added();
         Ok(())
+    }
+
+    fn decode(&self, _: &Config, blocks: &[Block<Self>], cache: &mut CudaCache) -> Result<bool> {
+        decode::run(&self.gpu, blocks, cache)
     }
 
     fn residual(&self, config: &Config, cache: &mut CudaCache) -> Result<Vec<f32>> {

@@ -3,7 +3,7 @@
 use anabranch::{
     MAX_EXPERTS, MAX_TOPK, Routing,
     cuda::{
-        Arch, CombineInput, Epilogue, MoeBlock, MoeBuffers, MoeInput, MoeLayer, MoeRouting, MoeShape,
+        Arch, CombineInput, DecodeRouter, Epilogue, MoeBlock, MoeBuffers, MoeInput, MoeLayer, MoeRouting, MoeShape,
         RouterLogitsInput, Stream, Tensor, TopkBuffers, View, ViewMut, add_into, combine_into, router_logits_into,
     },
     reference::topk_weights,
@@ -58,7 +58,7 @@ struct Moe {
 /// How a model's experts are computed: the same in every layer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Experts {
-    shape: MoeShape,
+    pub(super) shape: MoeShape,
     /// Whether shared experts are a product of their own, because their width is not a multiple of an expert's or they are too many.
     pub(super) apart: bool,
     /// Whether a gate scales them.
@@ -98,6 +98,18 @@ impl CudaFeedForward {
             }
         };
         Ok(Self(kind))
+    }
+
+    /// What a step of all layers wants to know: the router, if there is one, and the weights of both products.
+    pub(super) fn of_step(&self) -> (Option<DecodeRouter<'_>>, View<'_, bf16>, View<'_, bf16>) {
+        match &self.0 {
+            Kind::Dense(dense) => (None, dense.gate_up.weight(), dense.down.weight()),
+            Kind::Moe(moe) => {
+                let selection_bias = moe.selection_bias.as_ref().map(|bias| bias.view());
+                let router = DecodeRouter { gate: moe.gate.view(), selection_bias };
+                (Some(router), moe.gate_up.view(), moe.down.view())
+            }
+        }
     }
 
     /// From the residual stream to `delta`.
