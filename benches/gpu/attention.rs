@@ -45,9 +45,12 @@ pub(crate) fn bench(criterion: &mut Criterion) {
         (model("qwen3-30b-a3b", [32, 4], [128, 128]), 4096),
         (model("qwen3-30b-a3b", [32, 4], [128, 128]), 16_384),
         (model("mha-32x128", [32, 32], [128, 128]), 4096),
+        (model("olmoe-1b-7b", [16, 16], [128, 128]), 4096),
+        (model("olmoe-1b-7b", [16, 16], [128, 128]), 16_384),
         (model("gpt-oss-64x64", [64, 8], [64, 64]), 4096),
         (model("heads-of-96", [32, 8], [96, 96]), 4096),
         (model("deepseek-v2-lite-expanded", [16, 16], [192, 128]), 4096),
+        (model("deepseek-v2-lite-expanded", [16, 16], [192, 128]), 16_384),
         (model("deepseek-v2-lite-absorbed", [16, 1], [576, 512]), 4096),
     ] {
         let AttentionShape { num_heads, key_dim, value_dim, .. } = model.shape;

@@ -9,10 +9,12 @@
 //   weights are rounded to bf16 for the second product, as FlashAttention does.
 //
 // Reference: anabranch::reference::attention, and what latent_attention does over its cache. Architecture: 8.0 and
-// newer (mma.sync, cp.async, ldmatrix). Alignment: q, keys, values and out on 16 bytes; Dk, Dv and strides multiples of
-// 8; lengths are ragged: copies are predicated by 16 bytes, and what lies past a length is never read.
+// newer (mma.sync, cp.async, ldmatrix); 9.0 has its own for many queries. Alignment: q, keys, values and out on 16
+// bytes; Dk, Dv and strides multiples of 8; lengths are ragged: copies are predicated by 16 bytes, and what lies past a
+// length is never read.
 //
-// Many queries: prefill.cuh, a block of 4 warps takes 128 queries of one head. Few: decode.cuh, a block of 4 or 8 warps
+// Many queries: prefill.cuh, a block of 4 warps takes 128 queries of one head, or on Hopper prefill_sm90.cu, where
+// blocks take 128 or 192 queries of one head after the other. Few: decode.cuh, a block of 4 or 8 warps
 // takes up to 16 or 64 rows (queries times heads of a group) and a part of the keys; then merge.cuh, a block every 128
 // elements of a row.
 // Which one is decided in plan.cuh from sizes that the host knows; the device's lengths decide inside. The same call
@@ -52,7 +54,8 @@ Problem problem_of(const AnabranchAttentionParams& params) {
           params.max_q_len < tokens ? params.max_q_len : static_cast<uint32_t>(tokens),
           params.max_kv_len,
           params.values == params.keys && params.value_stride == params.key_stride && params.num_kv_heads == 1 &&
-              params.value_dim <= params.key_dim};
+              params.value_dim <= params.key_dim,
+          params.num_blocks > 0 && params.table_len > 0};
 }
 
 AnabranchStatus check_sizes(const AnabranchAttentionParams& params) {
@@ -106,12 +109,20 @@ cudaError_t describe(Device* device) {
   ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&device->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&device->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  uint32_t major = 0;
+  uint32_t minor = 0;
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  device->hopper = major == 9 && minor == 0;
   return error;
 }
 
 struct Plan {
   Kernel kernel;
   Split split;
+  // Tiles of queries, at most, that Hopper's kernel has, and whether it counts them in the workspace.
+  uint64_t items;
+  bool counts;
   // Of partial sums, and of everything.
   uint64_t sums_bytes;
   uint64_t workspace_bytes;
@@ -121,12 +132,16 @@ AnabranchStatus make_plan(const AnabranchAttentionParams& params, Plan* plan) {
   Device device = {};
   ANABRANCH_TRY(checked(describe(&device)));
   const Problem problem = problem_of(params);
+  // Asked where it matters only, for the first question loads the code.
+  device.hopper = device.hopper && suits_hopper(problem) && is_there_sm90();
   plan->kernel = choose_kernel(problem, device);
   plan->split = split_of(plan->kernel, problem, device);
   const uint64_t parts = plan->split.splits * params.num_tokens * params.num_heads;
   const bool splits = plan->split.splits > 1;
   plan->sums_bytes = splits ? parts * params.value_dim * sizeof(float) : 0;
-  plan->workspace_bytes = plan->sums_bytes + (splits ? parts * sizeof(float2) : 0);
+  plan->items = plan->split.row_tiles * params.num_sequences * params.num_heads;
+  plan->counts = is_hopper(plan->kernel) && plan->items > device.multiprocessors;
+  plan->workspace_bytes = plan->sums_bytes + (splits ? parts * sizeof(float2) : plan->counts ? sizeof(uint32_t) : 0);
   const bool decodes = plan->kernel >= Kernel::kDecode64;
   const uint64_t heads = decodes ? plan->split.row_tiles * params.num_kv_heads : params.num_heads;
   // A grid's sizes: 2^31 - 1 across, 2^16 - 1 down.
@@ -203,6 +218,10 @@ extern "C" AnabranchStatus anabranch_attention(const AnabranchAttentionParams* p
   if (plan.workspace_bytes > params->workspace_bytes) return ANABRANCH_STATUS_WORKSPACE;
   if (plan.workspace_bytes > 0 && params->workspace == nullptr) return ANABRANCH_STATUS_POINTER;
   const Args args = args_of(*params, plan);
+  if (is_hopper(plan.kernel)) {
+    uint32_t* counter = plan.counts ? static_cast<uint32_t*>(params->workspace) : nullptr;
+    return launch_hopper(plan.kernel, args, plan.items, counter, stream);
+  }
   if (plan.kernel < Kernel::kDecode64) return launch_prefill(plan.kernel, args, stream);
   ANABRANCH_TRY(launch_decode(plan.kernel, args, stream));
   return args.splits > 1 ? launch_merge(args, stream) : ANABRANCH_STATUS_OK;

@@ -4,6 +4,7 @@
 
 #include "attention/args.cuh"
 #include "attention/decode.cuh"
+#include "attention/hopper.cuh"
 #include "attention/prefill.cuh"
 #include "common/launch.cuh"
 
@@ -27,6 +28,9 @@ enum class Kernel {
   kPrefill96,
   kPrefill128,
   kPrefill192,
+  kHopper64,
+  kHopper128,
+  kHopper192,
   kDecode64,
   kDecode128,
   kDecode192,
@@ -39,6 +43,8 @@ struct Device {
   uint32_t multiprocessors;
   uint32_t shared_per_block;
   uint32_t shared_per_multiprocessor;
+  // It is of 9.0, and can run this build's code for that.
+  bool hopper;
 };
 
 struct Problem {
@@ -50,6 +56,8 @@ struct Problem {
   uint32_t max_q_len;
   uint32_t max_kv_len;
   bool values_are_keys;
+  // There are blocks, and a table.
+  bool cached;
 };
 
 // Rows of one key head, queries times heads of the group, up to which the keys are split and not the queries.
@@ -57,12 +65,23 @@ constexpr uint64_t kDecodeRows = 64;
 // Above this many rows one tile of 64 beats several of 16, each of which reads all keys.
 constexpr uint64_t kLatentRows = 32;
 
+// Tokens of a sequence from which Hopper's kernel is used: a tile of it is as many.
+constexpr uint32_t kHopperQueries = 128;
+
 constexpr bool fits(const Problem& problem, uint32_t key_dim, uint32_t value_dim) {
   return problem.key_dim <= key_dim && problem.value_dim <= value_dim;
 }
 
 constexpr bool is_supported(const Problem& problem) {
   return fits(problem, 192, 128) || (problem.values_are_keys && fits(problem, 576, 512));
+}
+
+// Items are counted in 31 bits, and of an empty cache there is no tensor map.
+constexpr bool suits_hopper(const Problem& problem) {
+  const uint64_t tiles = (static_cast<uint64_t>(problem.max_q_len) + Hopper128::kRows - 1) / Hopper128::kRows;
+  const uint64_t heads = static_cast<uint64_t>(problem.num_kv_heads) * problem.group;
+  return fits(problem, 192, 128) && problem.max_q_len >= kHopperQueries && problem.cached &&
+         heads < uint64_t{1} << 31 && tiles * problem.num_sequences < (uint64_t{1} << 31) / heads;
 }
 
 constexpr Kernel choose_kernel(const Problem& problem, const Device& device) {
@@ -75,6 +94,11 @@ constexpr Kernel choose_kernel(const Problem& problem, const Device& device) {
     return fits(problem, 64, 64)     ? Kernel::kDecode64
            : fits(problem, 128, 128) ? Kernel::kDecode128
                                      : Kernel::kDecode192;
+  }
+  if (device.hopper && suits_hopper(problem)) {
+    return fits(problem, 64, 64)     ? Kernel::kHopper64
+           : fits(problem, 128, 128) ? Kernel::kHopper128
+                                     : Kernel::kHopper192;
   }
   return fits(problem, 64, 64)     ? Kernel::kPrefill64
          : fits(problem, 96, 96)   ? Kernel::kPrefill96
@@ -106,6 +130,10 @@ constexpr Split choose_split(const Problem& problem, const Device& device) {
   return {row_tiles, splits < 1 ? 1 : static_cast<uint32_t>(splits)};
 }
 
+constexpr bool is_hopper(Kernel kernel) {
+  return kernel >= Kernel::kHopper64 && kernel <= Kernel::kHopper192;
+}
+
 constexpr Split split_of(Kernel kernel, const Problem& problem, const Device& device) {
   switch (kernel) {
     case Kernel::kDecode64:
@@ -118,18 +146,34 @@ constexpr Split split_of(Kernel kernel, const Problem& problem, const Device& de
       return choose_split<Latent16>(problem, device);
     case Kernel::kLatent64:
       return choose_split<Latent64>(problem, device);
+    case Kernel::kHopper64:
+      return {(static_cast<uint64_t>(problem.max_q_len) + Hopper64::kRows - 1) / Hopper64::kRows, 1};
     default:
+      static_assert(Hopper128::kRows == Prefill128::kRows && Hopper192::kRows == Prefill128::kRows);
       return {(static_cast<uint64_t>(problem.max_q_len) + Prefill128::kRows - 1) / Prefill128::kRows, 1};
   }
 }
 
 // An H200: one sequence of Qwen3-30B-A3B with 32,768 keys is cut so that three blocks a multiprocessor have work, 64
 // sequences are not cut.
-constexpr Device kH200 = {132, 232448, 233472};
-static_assert(choose_split<Decode128>({1, 4, 8, 128, 128, 1, 32768, false}, kH200).splits == 99);
-static_assert(choose_split<Decode128>({64, 4, 8, 128, 128, 1, 32768, false}, kH200).splits == 1);
-static_assert(choose_kernel({1, 1, 128, 576, 512, 1, 32768, true}, kH200) == Kernel::kLatent64);
-static_assert(choose_kernel({1, 1, 128, 576, 512, 1, 32768, true}, {84, 101376, 102400}) == Kernel::kLatent16);
+constexpr Device kH200 = {132, 232448, 233472, true};
+static_assert(choose_split<Decode128>({1, 4, 8, 128, 128, 1, 32768, false, true}, kH200).splits == 99);
+static_assert(choose_split<Decode128>({64, 4, 8, 128, 128, 1, 32768, false, true}, kH200).splits == 1);
+static_assert(choose_kernel({1, 1, 128, 576, 512, 1, 32768, true, true}, kH200) == Kernel::kLatent64);
+static_assert(choose_kernel({1, 1, 128, 576, 512, 1, 32768, true, true}, {84, 101376, 102400, false}) ==
+              Kernel::kLatent16);
+
+static_assert(choose_kernel({1, 4, 8, 128, 128, 4096, 4096, false, true}, kH200) == Kernel::kHopper128);
+static_assert(choose_kernel({1, 16, 1, 192, 128, 4096, 4096, false, true}, kH200) == Kernel::kHopper192);
+static_assert(choose_kernel({1, 4, 8, 128, 128, 100, 4096, false, true}, kH200) == Kernel::kPrefill128);
+static_assert(choose_kernel({1, 4, 8, 128, 128, 4096, 0, false, false}, kH200) == Kernel::kPrefill128);
+
+// In prefill_sm90.cu: whether this build's code for 9.0a can run on the current device.
+bool is_there_sm90();
+
+// `next_item` is a word of workspace, or null where each of the at most `items` tiles of queries has a block.
+AnabranchStatus launch_hopper(Kernel kernel, const Args& args, uint64_t items, uint32_t* next_item,
+                              cudaStream_t stream);
 
 // In prefill.cu and decode.cu.
 AnabranchStatus launch_prefill(Kernel kernel, const Args& args, cudaStream_t stream);

@@ -20,6 +20,7 @@
 // second-level cache: 1,536 clocks of wgmma on a multiprocessor, 37 bytes a clock.
 
 #include "common/launch.cuh"
+#include "common/tensor_map.cuh"
 #include "experts/consume.cuh"
 #include "experts/experts.cuh"
 #include "experts/one_token.cuh"
@@ -86,35 +87,6 @@ __global__ void __launch_bounds__(128 * (Shape::kGroups + 1), 1) run_experts(con
     ptx::register_alloc<kConsumerRegisters<Shape>>();
     consume<Shape>(args, pipeline);
   }
-}
-
-// The driver's function that makes tensor maps, found at run time: nothing links to the driver.
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-AnabranchStatus encoder(Encode* encode) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  ANABRANCH_TRY(
-      checked(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found)));
-  if (found != cudaDriverEntryPointSuccess) return ANABRANCH_STATUS_UNSUPPORTED;
-  *encode = reinterpret_cast<Encode>(function);
-  return ANABRANCH_STATUS_OK;
-}
-
-// A bf16 tensor of kRank dimensions, the innermost first, in boxes of 64 columns; strides in bytes, from the second
-// dimension on.
-template <uint32_t kRank>
-AnabranchStatus make_map(CUtensorMap* map, const void* data, const cuuint64_t (&sizes)[kRank],
-                         const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
-  Encode encode = nullptr;
-  ANABRANCH_TRY(encoder(&encode));
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult made = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides,
-                               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return made == CUDA_SUCCESS ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_SETTING;
 }
 
 AnabranchStatus make_maps(Args& args, const void* gate_up, const void* down, uint32_t rows) {

@@ -19,11 +19,11 @@
 
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
+#include "common/ring.cuh"
 #include "common/row_stream.cuh"
 #include "common/silu.cuh"
 #include "common/warp.cuh"
 #include "experts/one_token.cuh"
-#include "experts/wait.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/gpu_scope.cuh"
 #include "ptx/grid_dependency.cuh"

@@ -1,8 +1,8 @@
 // How the roles of a block hand stages and items to each other.
 #pragma once
 
+#include "common/ring.cuh"
 #include "experts/schedule.cuh"
-#include "experts/wait.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace anabranch::experts {
@@ -12,19 +12,6 @@ constexpr uint32_t kTokenWarps = 3;
 
 // Numbers of the block's named barriers; 0 is __syncthreads'.
 constexpr uint32_t kGroupBarrier = 1;  // and following, one a consumer warpgroup
-
-// Where a role is in a ring of stages: which one, and how often it has been around, by parity.
-struct Position {
-  uint32_t index = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance(uint32_t length) {
-    if (++index == length) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Shared memory, by 32-bit address. Stages begin on 1024 bytes, as the swizzle wants: panels of weights, then panels of
 // tokens.

@@ -22,6 +22,11 @@ __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same without waiting: for others to go on.
+__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Shared memory that threads wrote, and this thread has seen, is seen by wgmma and the copy engine.
 __device__ __forceinline__ void fence_shared_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -67,11 +67,12 @@ pub fn attention_workspace(stream: &Stream, shape: &AttentionShape, input: &Atte
 
 /// `softmax(scale q K^T + causal mask) V` of every sequence into `out` `[T, num_heads * value_dim]`, as
 /// [`reference::attention`](crate::reference::attention()) specifies for one sequence, within bf16 rounding (the softmax's weights are
-/// rounded too): FlashAttention-2 (arXiv 2307.08691) for many queries, and keys split among blocks for few.
+/// rounded too): FlashAttention-2 (arXiv 2307.08691) for many queries, FlashAttention-3 (arXiv 2407.08608) on Hopper, and keys split
+/// among blocks for few.
 ///
 /// Heads are multiples of 8 elements: keys up to 192 and values up to 128, or 576 and 512 where values are keys. For
-/// `num_heads / num_kv_heads * max_q_len` above 64 one kernel, else one or two. The same call gives the same bits; how keys are split,
-/// and so how sums round, depends on the number of sequences and on the two bounds.
+/// `num_heads / num_kv_heads * max_q_len` above 64 one kernel, which on Hopper may follow a memset of 4 bytes, else one or two. The same
+/// call gives the same bits; how keys are split, and so how sums round, depends on the number of sequences and on the two bounds.
 ///
 /// # Errors
 /// [`Error::Shape`] if a shape does not fit, [`Error::Setting`] if a size is out of range, [`Error::Place`] if a tensor is elsewhere,

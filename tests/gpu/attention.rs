@@ -177,6 +177,33 @@ fn long_contexts() {
     });
 }
 
+/// Prompts of more tiles than there are blocks, in batches with sequences of other kinds; on Hopper these are its own kernel's.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn prompts_of_many_tiles() {
+    on_gpu(|stream| {
+        // More sequences than a warp looks at at once, some without tokens.
+        let many: Vec<_> = (0..75).map(|at| [(0, 7), (1, 90 + at), (140 + at, 200 + 2 * at)][at % 3]).collect();
+        for (shape, block_size, lengths) in [
+            (heads(32, 4, 128, 128), 64, &[(700, 700), (0, 40), (130, 1111), (1, 300)][..]),
+            (heads(4, 4, 128, 128), 128, &[(128, 128), (129, 1025), (1000, 1000)]),
+            (heads(8, 1, 128, 128), 1024, &[(257, 2000), (640, 640)]),
+            (heads(32, 4, 64, 64), 64, &[(900, 901), (192, 192), (193, 1500)]),
+            (heads(4, 1, 64, 64), 1024, &[(1500, 1500), (191, 2000), (5, 64)]),
+            (heads(16, 16, 192, 128), 64, &[(515, 900), (256, 256), (1, 1)]),
+            (heads(8, 2, 192, 128), 128, &[(130, 1290), (127, 127)]),
+            (heads(6, 2, 96, 80), 64, &[(300, 333)]),
+            (heads(4, 1, 128, 128), 64, &many),
+            (heads(4, 1, 64, 64), 64, &many),
+        ] {
+            for padding in [0, 8] {
+                let case = Case { block_size, padding, ..plain(shape, false, lengths) };
+                check_case(stream, &case).unwrap_or_else(|error| panic!("{shape:?}, padding {padding}: {error}"));
+            }
+        }
+    });
+}
+
 /// As a cache that was made for long texts holds short ones: most parts of the keys are empty.
 #[test]
 #[ignore = "needs a CUDA GPU"]
@@ -197,6 +224,8 @@ fn tables_decide_where_keys_are_read_and_nothing_else() {
         for (shape, latent, tokens) in [
             (heads(8, 2, 128, 128), false, 1),
             (heads(8, 2, 128, 128), false, 150),
+            (heads(8, 2, 64, 64), false, 200),
+            (heads(4, 4, 192, 128), false, 150),
             (heads(16, 1, 576, 512), true, 1),
             (heads(64, 1, 576, 512), true, 9),
         ] {
@@ -252,6 +281,8 @@ fn a_nan_stays_in_its_sequence() {
     on_gpu(|stream| {
         for (shape, latent, lengths) in [
             (heads(4, 2, 128, 128), false, &[(90, 100), (70, 70), (1, 33)][..]),
+            (heads(4, 2, 128, 128), false, &[(150, 200), (140, 141), (1, 33)]),
+            (heads(4, 2, 64, 64), false, &[(150, 200), (200, 333), (1, 33)]),
             (heads(4, 2, 128, 128), false, &[(1, 100), (1, 70), (2, 33)]),
             (heads(16, 1, 576, 512), true, &[(1, 100), (1, 70), (3, 33)]),
         ] {
@@ -271,6 +302,29 @@ fn a_nan_stays_in_its_sequence() {
                 } else {
                     assert_eq!(clean.to_bits(), dirty.to_bits(), "{shape:?}: {at}");
                 }
+            }
+        }
+    });
+}
+
+/// What lies past the last key that a tile of queries sees is not among its values: 384 tokens are whole tiles of any kernel.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn a_nan_value_does_not_reach_the_tiles_before_it() {
+    on_gpu(|stream| {
+        for (key_dim, value_dim) in [(64, 64), (128, 128), (192, 128)] {
+            let case = plain(heads(2, 1, key_dim, value_dim), false, &[(600, 650)]);
+            let clean = case.data();
+            let mut dirty = case.data();
+            let position = 440;
+            let block = dirty.block_table[dirty.table_starts[0] as usize + position / case.block_size] as usize;
+            dirty.values[(block * case.block_size + position % case.block_size) * dirty.strides[1]] = bf16::NAN;
+            let [clean, dirty] = [&clean, &dirty].map(|data| attend(stream, &case, data));
+            let before = 384 * 2 * value_dim;
+            assert_eq!(bits(&clean[..before]), bits(&dirty[..before]), "{key_dim}");
+            for (token, heads) in dirty.chunks_exact(2 * value_dim).enumerate().skip(position - 50) {
+                assert!(heads[0].is_nan() && heads[value_dim].is_nan(), "{key_dim}: {token}");
+                assert!(heads[1].is_finite() && heads[value_dim + 1].is_finite(), "{key_dim}: {token}");
             }
         }
     });
@@ -297,7 +351,7 @@ fn a_token_without_keys_is_nan() {
 #[ignore = "needs a CUDA GPU"]
 fn numbers_out_of_range_stay_inside() {
     on_gpu(|stream| {
-        for lengths in [&[(1, 40), (1, 50)][..], &[(100, 100), (70, 90)]] {
+        for lengths in [&[(1, 40), (1, 50)][..], &[(100, 100), (70, 90)], &[(200, 200), (130, 190)]] {
             let case = plain(heads(4, 2, 128, 128), false, lengths);
             let mut data = case.data();
             data.kv_lengths = vec![u32::MAX, 1 << 30];
@@ -316,9 +370,13 @@ fn numbers_out_of_range_stay_inside() {
 #[ignore = "needs a CUDA GPU"]
 fn is_captured_in_a_graph_and_replayed_with_other_lengths_and_tables() {
     on_gpu(|stream| {
-        for (shape, tokens) in [(heads(8, 2, 128, 128), 1), (heads(8, 2, 128, 128), 130)] {
+        for (shape, tokens, lengths) in [
+            (heads(8, 2, 128, 128), 1, [200, 131]),
+            (heads(8, 2, 128, 128), 130, [200, 131]),
+            (heads(32, 4, 64, 64), 700, [750, 701]),
+        ] {
             let case = |keys: [usize; 2], seed| Case { seed, ..plain(shape, false, &keys.map(|keys| (tokens, keys))) };
-            let (short, long) = (case([200, 131], 1), case([900, 1300], 2));
+            let (short, long) = (case(lengths, 1), case([900, 1300], 2));
             let data = long.data();
             let mut call = Call::new(stream, &long, &data);
             stream.synchronize().unwrap();
@@ -333,7 +391,7 @@ fn is_captured_in_a_graph_and_replayed_with_other_lengths_and_tables() {
             compare(&shape, &call.read(stream), &long.expected(&data)).unwrap();
             // The same cache, of which less is used, and by the other sequence.
             let table_starts: Vec<u32> = data.table_starts.iter().rev().copied().collect();
-            let fewer = Data { kv_lengths: vec![200, 131], table_starts, ..long.data() };
+            let fewer = Data { kv_lengths: lengths.map(|length| length as u32).to_vec(), table_starts, ..long.data() };
             call.inputs.kv_lengths.fill(stream, &fewer.kv_lengths);
             call.inputs.table_starts.fill(stream, &fewer.table_starts);
             graph.launch().unwrap();
