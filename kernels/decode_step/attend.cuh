@@ -9,7 +9,7 @@
 #include "common/bf16.cuh"
 #include "decode_step/args.cuh"
 #include "decode_step/words.cuh"
-#include "experts/wait.cuh"
+#include "common/ring.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/ldmatrix_trans.cuh"
@@ -132,7 +132,7 @@ class Attend {
     }
     for (uint32_t tile = first_; tile < end_; ++tile) {
       const uint32_t stage = (tile - first_) % kStages;
-      experts::wait(barrier(stage), parity_ >> stage & 1);
+      wait(barrier(stage), parity_ >> stage & 1);
       parity_ ^= 1u << stage;
       __syncthreads();
       if (tile + 1 == tiles_) {

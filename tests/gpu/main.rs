@@ -6,6 +6,7 @@
 
 mod attention;
 mod combine;
+mod decode_step;
 mod failures;
 mod grouped_gemm;
 #[path = "../common/layers.rs"]
