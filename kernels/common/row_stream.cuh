@@ -61,7 +61,7 @@ class DotProducts {
 // so meets nobody.
 //
 // `Rows` knows the rows: `bool next(const uint4*& row, uint32_t& vectors)` finds the next one, whose elements, a
-// multiple of eight, are that many vectors; false after the last, or until `resume()`. The whole warp calls everything.
+// multiple of eight, are that many vectors; false after the last. The whole warp calls everything.
 template <uint32_t kDepth, class Rows>
 class RowStream {
  public:
@@ -73,18 +73,6 @@ class RowStream {
   __device__ __forceinline__ void begin() {
     turn();
     for (uint32_t i = 0; i < kDepth; ++i) ask();
-  }
-
-  // Goes on after a row that was not known yet, and asks for what could not be asked for since.
-  __device__ __forceinline__ void resume() {
-    rows_.resume();
-    if (left_ == 0) turn();
-    uint32_t step = step_ >= owed_ ? step_ - owed_ : step_ + kDepth - owed_;
-    for (; owed_ > 0 && left_ > 0; --owed_) {
-      copy(step);
-      ptx::cp_async_commit();
-      step = step == kDepth - 1 ? 0 : step + 1;
-    }
   }
 
   // This lane's parts of the next row's products with kTokens vectors, `pitch` bytes apart from the address `vector`
@@ -102,26 +90,20 @@ class RowStream {
   }
 
  private:
-  // Asks for the next step, if there is one, to where the last one was read. Without one, an empty group keeps count.
+  // Asks for the next step, if there is one, to where the last one was read.
   __device__ __forceinline__ void ask() {
     if (left_ > 0) {
-      copy(step_);
-    } else {
-      ++owed_;
+      const uint32_t lane = threadIdx.x % kWarpSize;
+      ptx::cp_async_16(ring_ + step_ * kStepBytes, next_ + lane, lane < left_);
+      if (left_ > kWarpSize) {
+        next_ += kWarpSize;
+        left_ -= kWarpSize;
+      } else {
+        turn();
+      }
     }
     ptx::cp_async_commit();
     step_ = step_ == kDepth - 1 ? 0 : step_ + 1;
-  }
-
-  __device__ __forceinline__ void copy(uint32_t step) {
-    const uint32_t lane = threadIdx.x % kWarpSize;
-    ptx::cp_async_16(ring_ + step * kStepBytes, next_ + lane, lane < left_);
-    if (left_ > kWarpSize) {
-      next_ += kWarpSize;
-      left_ -= kWarpSize;
-    } else {
-      turn();
-    }
   }
 
   __device__ __forceinline__ void turn() {
@@ -133,7 +115,6 @@ class RowStream {
   uint32_t step_ = 0;
   const uint4* next_ = nullptr;
   uint32_t left_ = 0;  // vectors of the row, 0 after the last
-  uint32_t owed_ = 0;  // steps that were not asked for, because there was none
 };
 
 // What a block has of a number of things: neighbours, whose weights lie together in memory.

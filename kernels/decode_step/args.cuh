@@ -5,20 +5,24 @@
 
 #include "anabranch.h"
 #include "attention/args.cuh"
-#include "common/row_stream.cuh"
+#include "common/bf16.cuh"
+#include "common/warp.cuh"
 #include "router/args.cuh"
 
 namespace anabranch::decode_step {
 
-#ifndef DS_WARPS
-#define DS_WARPS 16
-#define DS_DEPTH 15
-#endif
-constexpr uint32_t kWarps = DS_WARPS;
+constexpr uint32_t kWarps = 16;
 constexpr uint32_t kThreads = kWarps * kWarpSize;
+// Elements of a row that a step of weights has, of each of 16 rows.
+constexpr uint32_t kChunk = 32;
+constexpr uint32_t kChunkBytes = kChunk * 2;
+constexpr uint32_t kStreamBytes = 16 * kChunkBytes;
 // Steps of weights that a warp has on their way.
+#ifndef DS_DEPTH
+#define DS_DEPTH 5
+#endif
 constexpr uint32_t kDepth = DS_DEPTH;
-constexpr uint32_t kRingBytes = kWarps * kDepth * kStepBytes;
+constexpr uint32_t kRingBytes = kWarps * kDepth * kStreamBytes;
 constexpr uint32_t kMaxLayers = ANABRANCH_DECODE_LAYERS;
 // Pairs of the residual stream's elements that a thread keeps in registers.
 constexpr uint32_t kPairs = 4;
@@ -76,6 +80,7 @@ struct Args {
   uint32_t intermediate;  // n of an expert
   uint32_t dense;         // n of a layer without experts
   uint32_t shared;        // experts that every token visits
+  uint32_t sums_bytes;    // of shared memory
 };
 
 // A tile of keys and values in shared memory.
@@ -89,6 +94,10 @@ struct TileOf {
 constexpr uint32_t kMostBlocks = 256;
 constexpr uint32_t kFactorBytes = kMostBlocks * kRows * 2 * 4;
 
+__host__ __device__ constexpr uint32_t chunks_of(uint32_t elements) {
+  return (elements + kChunk - 1) / kChunk;
+}
+
 // Bytes from a row of a matrix to the next: rows four banks further, so that eight of them lie apart.
 __host__ __device__ constexpr uint32_t pitch_of(uint32_t elements) {
   return elements * 2 + 16;
@@ -96,9 +105,10 @@ __host__ __device__ constexpr uint32_t pitch_of(uint32_t elements) {
 
 // Shared memory, in bytes from its start. Attention's part and the vectors that come after it take turns in one place.
 struct Places {
-  uint32_t x;         // [d] bf16: the norm
+  uint32_t x;         // [d] bf16: the norm; vectors are followed by zeros up to whole chunks
   uint32_t q;         // latent: [heads, q_dim] bf16
   uint32_t attended;  // latent: [heads, value_dim] bf16
+  uint32_t sums;      // [groups of warps, tiles, 16] floats: of a product's rows
   uint32_t vector;    // the output product's input, or h
   // In the vector's place:
   uint32_t keys;      // [stages, keys, key pitch]
@@ -116,9 +126,10 @@ struct Places {
     const attention::Args& a = args.attention;
     Places p;
     p.x = kRingBytes;
-    p.q = p.x + up(args.hidden * 2);
-    p.attended = p.q + (kLatent ? up(a.num_heads * args.q_dim * 2) : 0);
-    p.vector = p.attended + (kLatent ? up(a.num_heads * a.value_dim * 2) : 0);
+    p.q = p.x + up(chunks_of(args.hidden) * kChunkBytes);
+    p.attended = p.q + (kLatent ? up(a.num_heads * chunks_of(args.q_dim) * kChunkBytes) : 0);
+    p.sums = p.attended + (kLatent ? up(a.num_heads * chunks_of(a.value_dim) * kChunkBytes) : 0);
+    p.vector = p.sums + up(args.sums_bytes);
     p.keys = p.vector;
     p.values = p.keys + Tile::kStages * Tile::kKeys * pitch_of(a.key_dim);
     p.query = kLatent ? p.values : p.values + Tile::kStages * Tile::kKeys * pitch_of(a.value_dim);
@@ -128,10 +139,11 @@ struct Places {
     uint32_t attention = p.weights + kRows * (Tile::kKeys + 8) * 2 - p.vector;
     if (attention < kFactorBytes) attention = kFactorBytes;
     const uint32_t slots = args.router.topk + args.shared;
-    uint32_t wide = a.num_heads * args.o_dim;
-    wide = wide > slots * args.intermediate ? wide : slots * args.intermediate;
-    wide = wide > args.dense ? wide : args.dense;
-    p.bytes = p.vector + up(attention > wide * 2 ? attention : wide * 2);
+    uint32_t wide = chunks_of(a.num_heads * args.o_dim);
+    const uint32_t experts = slots * chunks_of(args.intermediate);
+    wide = wide > experts ? wide : experts;
+    wide = wide > chunks_of(args.dense) ? wide : chunks_of(args.dense);
+    p.bytes = p.vector + up(attention > wide * kChunkBytes ? attention : wide * kChunkBytes);
     return p;
   }
 

@@ -7,11 +7,11 @@
 //
 // Reference: anabranch::reference of each part. Architecture: 9.0. Alignment: 16 bytes; widths multiples of 8.
 //
-// A token's products are dot products, and only the weights' way through memory counts. A launch for each would let
-// memory rest at every end and beginning; here a block stays on its multiprocessor through all layers. Each warp knows
-// its rows of all weights in order (rows.cuh) and has kDepth steps of them on their way, whatever phase it is in: while
-// blocks wait for one another's results, the next product's weights come. Only routed experts' rows must wait, for
-// the routing; shared experts' come before them.
+// A token's products are of matrices and vectors, and only the weights' way through memory counts. A launch for each
+// would let memory rest at every end and beginning; here a block stays on its multiprocessor through all layers. Each
+// warp knows its pieces of all weights in order (stream.cuh) and has kDepth steps of them on their way: while blocks
+// wait for one another's results, the next product's weights come. Only routed experts' must wait, for the routing;
+// shared experts' come before them.
 //
 // Blocks hand results over through words that carry the layer's number beside 32 bits of data (words.cuh): one trip
 // through the second-level cache. A layer has six such: projections, attended heads, their output product, the gate's
@@ -146,6 +146,22 @@ uint64_t divide(const AnabranchDecodeShape& shape, uint32_t blocks, void* worksp
   return at * sizeof(Word);
 }
 
+// Shared memory for the sums of a product's rows, of whichever block and layer has most.
+template <bool kLatent>
+uint32_t sums_bytes(const Args& args, uint32_t blocks) {
+  uint32_t most = 0;
+  for (const bool routes : {false, true}) {
+    if (routes ? args.router.num_experts == 0 : args.dense == 0) continue;
+    for (uint32_t product = 0; product <= static_cast<uint32_t>(Product::kDown); ++product) {
+      for (uint32_t block = 0; block < blocks; ++block) {
+        const Part part = Part::of<kLatent>(args, routes, static_cast<Product>(product), block, blocks);
+        most = std::max(most, part.groups * part.tiles * 16 * 4);
+      }
+    }
+  }
+  return most;
+}
+
 struct Plan {
   bool takes;
   uint32_t blocks;
@@ -165,6 +181,7 @@ AnabranchStatus plan_for(const AnabranchDecodeShape& shape, Args& args, Plan* pl
   ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
   // Every block has some of the output products' columns: whoever waits for all of them has waited for all blocks.
   plan->blocks = std::min({static_cast<uint32_t>(multiprocessors), shape.hidden_size, kMostBlocks});
+  args.sums_bytes = sums_bytes<kLatent>(args, plan->blocks);
   plan->shared_bytes = Places::of<kLatent>(args).bytes;
   plan->workspace_bytes = divide(shape, plan->blocks, nullptr, &args);
   plan->takes = major == 9 && plan->shared_bytes + sizeof(Shared) <= static_cast<uint32_t>(most) &&

@@ -41,6 +41,12 @@ __device__ __forceinline__ Two receive(const Word* words, uint32_t epoch) {
   return {static_cast<uint32_t>(a), static_cast<uint32_t>(b)};
 }
 
+// The same after a first look, at `a` and `b`.
+__device__ __forceinline__ Two received(const Word* words, Word a, Word b, uint32_t epoch) {
+  const bool there = static_cast<uint32_t>(a >> 32) == epoch && static_cast<uint32_t>(b >> 32) == epoch;
+  return there ? Two{static_cast<uint32_t>(a), static_cast<uint32_t>(b)} : receive(words, epoch);
+}
+
 // Calls take(i, data of words 2 i and 2 i + 1) for i = first, first + stride, ... below `pairs`, several reads at a time.
 template <uint32_t kBatch, class Take>
 __device__ __forceinline__ void receive_pairs(const Word* words, uint32_t first, uint32_t stride, uint32_t pairs,
@@ -57,10 +63,7 @@ __device__ __forceinline__ void receive_pairs(const Word* words, uint32_t first,
     for (uint32_t i = 0; i < kBatch; ++i) {
       const uint32_t at = base + i * stride;
       if (at >= pairs) continue;
-      Two two = {static_cast<uint32_t>(a[i]), static_cast<uint32_t>(b[i])};
-      const bool there = static_cast<uint32_t>(a[i] >> 32) == epoch && static_cast<uint32_t>(b[i] >> 32) == epoch;
-      if (!there) two = receive(words + 2 * at, epoch);
-      take(at, two);
+      take(at, received(words + 2 * at, a[i], b[i], epoch));
     }
   }
 }

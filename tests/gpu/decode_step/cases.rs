@@ -94,7 +94,8 @@ impl Case {
     }
 
     fn layer(&self, layer: usize, noise: &mut Noise, rows: usize, row_of: &dyn Fn(usize) -> usize) -> Layer {
-        let DecodeShape { hidden_size: d, attention, latent, routing, num_shared, intermediate_size: n, .. } = self.shape;
+        let DecodeShape { hidden_size: d, attention, latent, routing, num_shared, intermediate_size: n, .. } =
+            self.shape;
         let AttentionShape { num_heads: heads, num_kv_heads, key_dim, value_dim, .. } = attention;
         let inverse = |width: usize| 1.0 / (width as f32).sqrt();
         let [q_dim, o_dim] = latent.unwrap_or([key_dim, value_dim]);
@@ -107,7 +108,7 @@ impl Case {
         let q_rows = if is_latent { heads * q_dim } else { (heads + 2 * num_kv_heads) * key_dim };
         let only = |needed: bool, count: usize| if needed { count } else { 0 };
         let norm = |noise: &mut Noise, len: usize| (0..len).map(|_| 1.0 + 0.3 * noise.normal()).collect::<Vec<_>>();
-        let mut cache = |noise: &mut Noise, width: usize| {
+        let cache = |noise: &mut Noise, width: usize| {
             // What the sequence does not have is NaN, and so is the token's own row.
             let mut values = vec![bf16::NAN; rows * width];
             for position in 0..self.length - 1 {
@@ -141,9 +142,8 @@ impl Case {
         let mut x: Vec<f64> = data.x.iter().map(|x| x.to_f64()).collect();
         let mut expected = Expected { x: Vec::new(), keys: Vec::new(), values: Vec::new(), margin: f64::INFINITY };
         let size = self.block_size;
-        let row_of = |position: usize| {
-            data.table[data.table_start as usize + position / size] as usize * size + position % size
-        };
+        let row_of =
+            |position: usize| data.table[data.table_start as usize + position / size] as usize * size + position % size;
         let angles = reference::RopeTable::new(&self.rope(), [self.length - 1]);
         for layer in &data.layers {
             let attended = self.attend(layer, &x, &angles, &row_of, &mut expected);
@@ -229,9 +229,7 @@ impl Case {
         }
         let mut out = vec![0.0; d];
         for (expert, weight) in slots {
-            let [gate, up] = [0, 1].map(|half| {
-                times(&layer.gate_up[(2 * expert + half) * n * d..][..n * d], &x)
-            });
+            let [gate, up] = [0, 1].map(|half| times(&layer.gate_up[(2 * expert + half) * n * d..][..n * d], &x));
             let h = gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up);
             let y = times(&layer.down[expert * n * d..][..n * d], &rounded(h.collect()));
             out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * y);
@@ -287,9 +285,10 @@ fn any_routing() -> impl Strategy<Value = Routing> {
         |(half, topk, score, sums, grouped)| {
             let experts = 2 * half;
             let renormalize = if sums { Renormalize::Sum } else { Renormalize::None };
-            let plain = Routing::new(experts, topk.min(experts), score, renormalize, 1.5).unwrap();
+            let rule = Routing::builder(experts, topk.min(experts)).score(score).renormalize(renormalize).scale(1.5);
             let limit = GroupLimit { n_group: 2, topk_group: 1, score: GroupScore::Max };
-            if grouped && topk <= half { plain.with_group_limit(limit).unwrap() } else { plain }
+            let rule = if grouped && topk <= half { rule.group_limit(limit) } else { rule };
+            rule.build().unwrap()
         },
     )
 }
@@ -325,27 +324,35 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
     let layout = prop_oneof![Just(RopeLayout::Half), Just(RopeLayout::Interleaved)];
     let feed_forward = (proptest::option::weighted(0.8, any_routing()), 0..=2_usize, 1..=12_usize, 0..=40_usize);
     let flags = (any::<bool>(), any::<bool>(), any::<u32>());
-    (1..=3_usize, hidden, attention, feed_forward, length, layout, flags, prop_oneof![Just(64_usize), Just(256)], any::<u64>())
-        .prop_map(
-            |(num_layers, hidden_size, attention, feed_forward, length, layout, flags, block_size, seed)| {
-                let (attention, latent, rotary_first, rotary) = attention;
-                let (routing, num_shared, n, dense) = feed_forward;
-                let dense = if routing.is_none() { dense.max(1) } else { dense };
-                let shape = DecodeShape {
-                    num_layers,
-                    hidden_size,
-                    norm_eps: 1e-5,
-                    attention,
-                    latent,
-                    head_norm_eps: 1e-6,
-                    rotary_first,
-                    routing,
-                    num_shared,
-                    intermediate_size: 8 * n,
-                    dense_size: 8 * dense,
-                };
-                let (head_norms, bias, routed) = flags;
-                Case { shape, rope: (rotary, layout), head_norms, bias, routed, length, block_size, seed }
-            },
-        )
+    (
+        1..=3_usize,
+        hidden,
+        attention,
+        feed_forward,
+        length,
+        layout,
+        flags,
+        prop_oneof![Just(64_usize), Just(256)],
+        any::<u64>(),
+    )
+        .prop_map(|(num_layers, hidden_size, attention, feed_forward, length, layout, flags, block_size, seed)| {
+            let (attention, latent, rotary_first, rotary) = attention;
+            let (routing, num_shared, n, dense) = feed_forward;
+            let dense = if routing.is_none() { dense.max(1) } else { dense };
+            let shape = DecodeShape {
+                num_layers,
+                hidden_size,
+                norm_eps: 1e-5,
+                attention,
+                latent,
+                head_norm_eps: 1e-6,
+                rotary_first,
+                routing,
+                num_shared,
+                intermediate_size: 8 * n,
+                dense_size: 8 * dense,
+            };
+            let (head_norms, bias, routed) = flags;
+            Case { shape, rope: (rotary, layout), head_norms, bias, routed, length, block_size, seed }
+        })
 }
