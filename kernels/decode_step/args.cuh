@@ -73,6 +73,7 @@ struct Args {
   const int32_t* cache_row;  // of the new key
   Heads heads;
   router::Args router;
+  bool ranks_plainly;  // the largest logits are chosen, nothing else
   uint32_t hidden;
   float norm_eps;
   uint32_t q_dim;         // of a head that is projected
@@ -115,6 +116,7 @@ struct Places {
   uint32_t values;    // [stages, keys, value pitch]
   uint32_t query;     // [16 + 2, key pitch] bf16: queries, then the new key and value
   uint32_t fresh;     // [16 + 2, fresh_dim] floats: new queries, key, value
+  uint32_t norms;     // [2, key_dim] floats: weights of the norms of queries and keys
   uint32_t scores;    // [parts, 16, keys] floats
   uint32_t weights;   // [16, keys + 8] bf16
   uint32_t bytes;
@@ -134,7 +136,8 @@ struct Places {
     p.values = p.keys + Tile::kStages * Tile::kKeys * pitch_of(a.key_dim);
     p.query = kLatent ? p.values : p.values + Tile::kStages * Tile::kKeys * pitch_of(a.value_dim);
     p.fresh = p.query + up((kRows + 2) * pitch_of(a.key_dim));
-    p.scores = p.fresh + up((kRows * fresh_dim<kLatent>(args) + a.key_dim + a.value_dim) * 4);
+    p.norms = p.fresh + up((kRows * fresh_dim<kLatent>(args) + a.key_dim + a.value_dim) * 4);
+    p.scores = p.norms + up(2 * a.key_dim * 4);
     p.weights = p.scores + kRows * kWarps * 8 * 4;
     uint32_t attention = p.weights + kRows * (Tile::kKeys + 8) * 2 - p.vector;
     if (attention < kFactorBytes) attention = kFactorBytes;

@@ -89,6 +89,7 @@ class Attend {
     first_ = split_ * each;
     end_ = min(tiles_, first_ + each);
     works_ = head_ < a_.num_kv_heads;
+    row_ = static_cast<uint32_t>(*args_.cache_row);
     key_pitch_ = pitch_of(a_.key_dim);
     value_pitch_ = kLatent ? key_pitch_ : pitch_of(a_.value_dim);
   }
@@ -122,6 +123,7 @@ class Attend {
   __device__ __forceinline__ void run(const AnabranchDecodeLayer& layer, uint32_t epoch) {
     if (!works_) return;
     receive_heads(epoch);
+    if (first_ < end_) wait(barrier(0), parity_ & 1);
     __syncthreads();
     prepare_heads(layer);
     float sums[kSummed][4] = {};
@@ -187,6 +189,12 @@ class Attend {
     return at<float>(places_.fresh) + a_.group * Places::fresh_dim<kLatent>(args_);
   }
 
+  __device__ __forceinline__ uint32_t k_norm_width() const { return kLatent ? a_.value_dim : a_.key_dim; }
+  __device__ __forceinline__ uint32_t norm_place(uint32_t which) const { return places_.norms + which * a_.key_dim * 4; }
+  __device__ __forceinline__ const float* norm_of(const float* weight, uint32_t which) const {
+    return weight == nullptr ? nullptr : at<float>(norm_place(which));
+  }
+
   // One warp asks for a tile's keys and values, as far as they are in the cache.
   __device__ __forceinline__ void load(const AnabranchDecodeLayer& layer, uint32_t tile) {
     const uint32_t lane = threadIdx.x % kWarpSize;
@@ -196,7 +204,14 @@ class Attend {
     const uint32_t count = first < stored ? min(kKeys, stored - first) : 0;
     const uint32_t key_bytes = a_.key_dim * 2;
     const uint32_t value_bytes = kLatent ? 0 : a_.value_dim * 2;
-    if (lane == 0) ptx::mbarrier_arrive_expect(barrier(stage), count * (key_bytes + value_bytes));
+    // The norms come with the first tile.
+    const uint32_t q_norm_bytes = tile == first_ && layer.q_norm != nullptr ? a_.key_dim * 4 : 0;
+    const uint32_t k_norm_bytes = tile == first_ && layer.k_norm != nullptr ? k_norm_width() * 4 : 0;
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect(barrier(stage), count * (key_bytes + value_bytes) + q_norm_bytes + k_norm_bytes);
+      if (q_norm_bytes > 0) ptx::bulk_copy(address(norm_place(0)), layer.q_norm, q_norm_bytes, barrier(stage));
+      if (k_norm_bytes > 0) ptx::bulk_copy(address(norm_place(1)), layer.k_norm, k_norm_bytes, barrier(stage));
+    }
     __syncwarp();
     for (uint32_t row = lane; row < count; row += kWarpSize) {
       const uint32_t position = first + row;
@@ -212,48 +227,61 @@ class Attend {
     }
   }
 
-  // Queries of the group, and where they are this block's, the new key and value.
+  // Queries of the group, and where they are this block's, the new key and value: all in one look.
   __device__ __forceinline__ void receive_heads(uint32_t epoch) {
     float* const fresh = at<float>(places_.fresh);
     const uint32_t queries = a_.group * a_.key_dim;
     const uint32_t first = head_ * queries;
-    const auto store_two = [](float* to) {
-      return [to](uint32_t pair, Two two) {
-        *reinterpret_cast<float2*>(to + 2 * pair) = make_float2(__uint_as_float(two.first), __uint_as_float(two.second));
-      };
+    // Pairs of words: of the queries, and of the new key and value.
+    const uint32_t of_queries = kLatent ? queries / 4 : queries / 2;
+    const uint32_t of_key = has_new() ? a_.key_dim / 2 : 0;
+    const uint32_t of_value = has_new() && !kLatent ? a_.value_dim / 2 : 0;
+    const uint32_t key = kLatent ? a_.num_heads * args_.q_dim : (a_.num_heads + head_) * a_.key_dim;
+    const uint32_t value = (a_.num_heads + a_.num_kv_heads) * a_.key_dim + head_ * a_.value_dim;
+    const Word* const query_words = kLatent ? args_.words.absorbed : args_.words.projected + first;
+    const auto words_of = [&](uint32_t pair) -> const Word* {
+      if (pair < of_queries) return query_words + 2 * pair;
+      pair -= of_queries;
+      return args_.words.projected + (pair < of_key ? key + 2 * pair : value + 2 * (pair - of_key));
     };
-    uint32_t key = (a_.num_heads + head_) * a_.key_dim;
-    if constexpr (kLatent) {
-      const uint32_t rotated = args_.heads.first;
-      const uint32_t fresh_dim = Places::fresh_dim<kLatent>(args_);
-      receive_pairs<4>(args_.words.absorbed + first / 2, threadIdx.x, kThreads, queries / 4, epoch,
-                       [&](uint32_t pair, Two two) {
-                         const uint32_t row = 4 * pair / a_.key_dim;
-                         const uint32_t element = 4 * pair - row * a_.key_dim;
-                         if (element < rotated) {
-                           *reinterpret_cast<uint2*>(arena_ + query_row(row) + element * 2) =
-                               make_uint2(two.first, two.second);
-                         } else {
-                           *reinterpret_cast<float4*>(fresh + row * fresh_dim + element - rotated) = make_float4(
-                               __uint_as_float(two.first << 16), __uint_as_float(two.first & 0xffff0000u),
-                               __uint_as_float(two.second << 16), __uint_as_float(two.second & 0xffff0000u));
-                         }
-                       });
-      key = a_.num_heads * args_.q_dim;
-    } else {
-      receive_pairs<2>(args_.words.projected + first, threadIdx.x, kThreads, queries / 2, epoch, store_two(fresh));
+    const auto take = [&](uint32_t pair, Two two) {
+      if (kLatent && pair < of_queries) {
+        const uint32_t row = 4 * pair / a_.key_dim;
+        const uint32_t element = 4 * pair - row * a_.key_dim;
+        const uint32_t rotated = args_.heads.first;
+        if (element < rotated) {
+          *reinterpret_cast<uint2*>(arena_ + query_row(row) + element * 2) = make_uint2(two.first, two.second);
+        } else {
+          *reinterpret_cast<float4*>(fresh + row * Places::fresh_dim<kLatent>(args_) + element - rotated) = make_float4(
+              __uint_as_float(two.first << 16), __uint_as_float(two.first & 0xffff0000u),
+              __uint_as_float(two.second << 16), __uint_as_float(two.second & 0xffff0000u));
+        }
+        return;
+      }
+      // Queries, key and value follow one another.
+      float* const to = kLatent ? fresh_key() + 2 * (pair - of_queries) : fresh + 2 * pair;
+      *reinterpret_cast<float2*>(to) = make_float2(__uint_as_float(two.first), __uint_as_float(two.second));
+    };
+    constexpr uint32_t kBatch = kLatent ? 6 : 3;
+    const uint32_t pairs = of_queries + of_key + of_value;
+    for (uint32_t base = threadIdx.x; base < pairs; base += kBatch * kThreads) {
+      Word a[kBatch];
+      Word b[kBatch];
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        const uint32_t pair = base + i * kThreads;
+        if (pair < pairs) ptx::ld_relaxed_2(words_of(pair), a[i], b[i]);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        const uint32_t pair = base + i * kThreads;
+        if (pair < pairs) take(pair, received(words_of(pair), a[i], b[i], epoch));
+      }
     }
     // Rows of the tile that are no head's.
     const uint32_t vectors = key_pitch_ / 16;
     for (uint32_t i = a_.group * vectors + threadIdx.x; i < kRows * vectors; i += kThreads) {
       *at<uint4>(places_.query + i * 16) = uint4{};
-    }
-    if (!has_new()) return;
-    receive_pairs<1>(args_.words.projected + key, threadIdx.x, kThreads, a_.key_dim / 2, epoch, store_two(fresh_key()));
-    if constexpr (!kLatent) {
-      const uint32_t value = (a_.num_heads + a_.num_kv_heads) * a_.key_dim + head_ * a_.value_dim;
-      receive_pairs<1>(args_.words.projected + value, threadIdx.x, kThreads, a_.value_dim / 2, epoch,
-                       store_two(fresh_key() + a_.key_dim));
     }
   }
 
@@ -262,10 +290,10 @@ class Attend {
     const uint32_t warp = threadIdx.x / kWarpSize;
     const uint32_t lane = threadIdx.x % kWarpSize;
     const uint32_t fresh_dim = Places::fresh_dim<kLatent>(args_);
-    const uint32_t row = static_cast<uint32_t>(*args_.cache_row);
+    const uint32_t row = row_;
     const bool cached = row < a_.num_blocks << a_.block_shift;
     for (uint32_t head = warp; head < a_.group; head += kWarps) {
-      Fresh from = {at<float>(places_.fresh) + head * fresh_dim, layer.q_norm, a_.key_dim, 0.0f};
+      Fresh from = {at<float>(places_.fresh) + head * fresh_dim, norm_of(layer.q_norm, 0), a_.key_dim, 0.0f};
       if constexpr (kLatent) {
         // What is not rotated is in its place.
         rotate(from, args_.heads.first, 0, at<uint16_t>(query_row(head)), nullptr);
@@ -276,7 +304,7 @@ class Attend {
     }
     if (!has_new()) return;
     if (warp == a_.group % kWarps) {
-      Fresh from = {fresh_key(), layer.k_norm, kLatent ? a_.value_dim : a_.key_dim, 0.0f};
+      Fresh from = {fresh_key(), norm_of(layer.k_norm, 1), k_norm_width(), 0.0f};
       from.scale = norm_scale(from);
       uint16_t* const cache = static_cast<uint16_t*>(layer.k_cache);
       rotate(from, 0, a_.key_dim, at<uint16_t>(query_row(kRows)),
@@ -491,7 +519,7 @@ class Attend {
     for (uint32_t i = threadIdx.x; i < splits_ * a_.group; i += kThreads) {
       const uint32_t part = i / a_.group;
       const Two two =
-          receive(args_.words.statistics + ((block + part) * kRows + i - part * a_.group) * 2, epoch);
+          receive_two(args_.words.statistics + ((block + part) * kRows + i - part * a_.group) * 2, epoch);
       factors[i] = __uint_as_float(two.first);
       totals[i] = __uint_as_float(two.second);
     }
@@ -546,6 +574,7 @@ class Attend {
   uint32_t split_;
   uint32_t first_;
   uint32_t end_;
+  uint32_t row_;  // of the new key
   uint32_t key_pitch_;
   uint32_t value_pitch_;
   uint32_t parity_ = 0;

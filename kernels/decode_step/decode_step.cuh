@@ -58,9 +58,11 @@ class Step {
         units = (absorbs ? args_.attention.key_dim : args_.o_dim) / 8;
         bytes = chunks_of(part.width) * kChunkBytes;
       }
-      stream_.multiply(part, address(vectors), bytes, units, sums());
-      __syncthreads();
-      publish(product, part);
+      if (part.count > 0) {
+        stream_.multiply(part, address(vectors), bytes, units, sums());
+        __syncthreads();
+        publish(product, part);
+      }
       if (product == Product::kDown) {
         if (++layer_ == args_.num_layers) break;
         ++epoch_;
@@ -101,8 +103,12 @@ class Step {
       case Product::kShared: {
         const bool begins = product == Product::kProject;
         const Word* const words = !begins ? args_.words.attention : layer_ == 0 ? nullptr : args_.words.experts;
+        // On its way while the norm waits.
+        uint4 gate = {};
+        const bool judges = !begins && routes() && blockIdx.x < args_.router.num_experts;
+        if (judges && threadIdx.x < args_.hidden / kVector) gate = gate_vector(blockIdx.x);
         norm(words, begins ? epoch_ - 1 : epoch_, begins);
-        if (!begins && routes()) judge();
+        if (judges) judge(gate);
         return;
       }
       case Product::kAbsorb:
@@ -121,63 +127,84 @@ class Step {
         clear_tail(places_.vector, args_.attention.num_heads * args_.o_dim);
         break;
       case Product::kRouted:
-        if (warp() == 0) choose();
-        __syncthreads();
-        stream_.resume();
+        choose();
         return;
       case Product::kDown:
-        receive_h(Feed(args_, routes()));
+        receive_vector(args_.words.h, 0, h_elements(), places_.vector);
         break;
     }
     __syncthreads();
   }
 
-  // A row's sum.
+  // The sum of a row, of a product's [groups, tiles, 16].
   __device__ __forceinline__ float sum_of(const Part& part, uint32_t row) const {
-    const float* const from = sums() + row;
+    const float* from = sums() + row;
     float sum = 0.0f;
-    for (uint32_t group = 0; group < part.groups; ++group) sum += from[group * part.tiles * 16];
+#pragma unroll 8
+    for (uint32_t group = 0; group < part.groups; ++group, from += part.tiles * 16) sum += *from;
     return sum;
   }
 
-  // What the warps have summed up, as words.
+  // What the warps have summed up, as words. A thread has a row; a tile's are neighbouring lanes.
   __device__ __forceinline__ void publish(Product product, const Part& part) {
-    switch (product) {
-      case Product::kProject:
-      case Product::kOutput:
-      case Product::kDown: {
-        Word* const words = product == Product::kProject  ? args_.words.projected
-                            : product == Product::kOutput ? args_.words.attention
-                                                          : args_.words.experts;
-        for (uint32_t row = threadIdx.x; row < part.count; row += kThreads) {
-          decode_step::publish(words + part.first + row, sum_of(part, row), epoch_);
+    const Feed feed(args_, routes());
+    const uint32_t rows = part.tiles * 16;
+    for (uint32_t base = warp() * kWarpSize; base < rows; base += kThreads) {
+      const uint32_t row = base + lane();
+      const uint32_t tile = row / 16;
+      const uint32_t of_tile = row % 16;
+      const bool even = of_tile < 8 && of_tile % 2 == 0;
+      float sum = row < rows ? sum_of(part, row) : 0.0f;
+      switch (product) {
+        case Product::kProject:
+        case Product::kOutput:
+        case Product::kDown: {
+          Word* const words = product == Product::kProject  ? args_.words.projected
+                              : product == Product::kOutput ? args_.words.attention
+                                                            : args_.words.experts;
+          if (row < part.count) decode_step::publish(words + part.first + row, sum, epoch_);
+          break;
         }
-        return;
-      }
-      case Product::kAbsorb:
-      case Product::kExpand: {
-        Word* const words = product == Product::kAbsorb ? args_.words.absorbed : args_.words.expanded;
-        for (uint32_t pair = threadIdx.x; pair < part.count * 4; pair += kThreads) {
-          const uint32_t row = pair / 4 * 16 + pair % 4 * 2;
-          const uint32_t two = ptx::cvt_bf16x2(sum_of(part, row), sum_of(part, row + 1));
-          decode_step::publish(words + part.first * 4 + pair, two, epoch_);
+        case Product::kAbsorb:
+        case Product::kExpand: {
+          Word* const words = product == Product::kAbsorb ? args_.words.absorbed : args_.words.expanded;
+          const float next = __shfl_down_sync(kFullWarp, sum, 1);
+          if (even && tile < part.count) {
+            const uint32_t word = (part.first + tile) * 4 + of_tile / 2;
+            decode_step::publish(words + word, ptx::cvt_bf16x2(sum, next), epoch_);
+          }
+          break;
         }
-        return;
-      }
-      default: {
-        const Feed feed(args_, routes());
-        const uint32_t first = (product == Product::kRouted ? feed.shared * feed.n : 0) + part.first;
-        for (uint32_t pair = threadIdx.x; pair < part.count / 2; pair += kThreads) {
-          const uint32_t column = first + 2 * pair;
-          const uint32_t slot = column / feed.n;
-          if (!feed.is_there(shared_.slots, slot)) continue;
-          const float weight = feed.weight(shared_.slots, slot);
-          const uint32_t row = pair / 4 * 16 + pair % 4 * 2;
-          const float x = silu(sum_of(part, row)) * sum_of(part, row + 8) * weight;
-          const float y = silu(sum_of(part, row + 1)) * sum_of(part, row + 9) * weight;
-          decode_step::publish(args_.words.h + column / 2, ptx::cvt_bf16x2(x, y), epoch_);
+        default: {
+          const uint32_t column = tile * 8 + of_tile % 8;
+          uint32_t slot = (part.first + column) / feed.n;
+          const uint32_t element = part.first + column - slot * feed.n;
+          if (product == Product::kRouted) slot += feed.shared;
+          sum = silu(sum) * __shfl_down_sync(kFullWarp, sum, 8);
+          // Of unused slots zeros.
+          const bool inside = column < part.count;
+          sum = inside && feed.is_there(shared_.slots, slot) ? sum * feed.weight(shared_.slots, slot) : 0.0f;
+          const float next = __shfl_down_sync(kFullWarp, sum, 1);
+          if (even && inside) {
+            Word* const words = args_.words.h + slot * chunks_of(feed.n) * (kChunk / 2);
+            decode_step::publish(words + element / 2, ptx::cvt_bf16x2(sum, next), epoch_);
+          }
         }
       }
+    }
+    if (product == Product::kShared || product == Product::kRouted) publish_tails(product, feed);
+  }
+
+  // Zeros up to whole chunks after the slots' parts of h, where they are not that.
+  __device__ __forceinline__ void publish_tails(Product product, const Feed& feed) {
+    const uint32_t words = chunks_of(feed.n) * (kChunk / 2);
+    const uint32_t tail = words - feed.n / 2;
+    if (tail == 0 || blockIdx.x != 0) return;
+    const uint32_t first = product == Product::kRouted ? feed.shared : 0;
+    const uint32_t count = product == Product::kRouted ? feed.routed : feed.shared;
+    for (uint32_t i = threadIdx.x; i < count * tail; i += kThreads) {
+      const uint32_t slot = i / tail;
+      decode_step::publish(args_.words.h + (first + slot) * words + feed.n / 2 + i - slot * tail, 0u, epoch_);
     }
   }
 
@@ -275,6 +302,12 @@ class Step {
     });
   }
 
+  // h of all slots, each of whole chunks.
+  __device__ __forceinline__ uint32_t h_elements() const {
+    const Feed feed(args_, routes());
+    return feed.slots() * chunks_of(feed.n) * kChunk;
+  }
+
   // Projected queries of the heads that the block absorbs.
   __device__ __forceinline__ void receive_queries() {
     const Part part = Part::of<kLatent>(args_, true, Product::kAbsorb, blockIdx.x, gridDim.x);
@@ -311,57 +344,26 @@ class Step {
                      });
   }
 
-  // h of all slots. Nobody writes those of unused ones, which are zeros.
-  __device__ __forceinline__ void receive_h(const Feed& feed) {
-    const uint32_t quarter = feed.n / 4;
-    const uint32_t pitch = chunks_of(feed.n) * kChunkBytes;
-    for (uint32_t slot = 0; slot < feed.slots(); ++slot) {
-      const uint32_t place = places_.vector + slot * pitch;
-      clear_tail(place, feed.n);
-      if (feed.is_there(shared_.slots, slot)) continue;
-      for (uint32_t i = threadIdx.x; i < pitch / 16; i += kThreads) {
-        *reinterpret_cast<uint4*>(arena_ + place + i * 16) = uint4{};
-      }
-    }
-    const uint32_t pairs = feed.slots() * quarter;
-    for (uint32_t base = threadIdx.x; base < pairs; base += 4 * kThreads) {
-      Word a[4];
-      Word b[4];
-      bool wanted[4];
-#pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        const uint32_t pair = base + i * kThreads;
-        wanted[i] = pair < pairs && feed.is_there(shared_.slots, pair / quarter);
-        if (wanted[i]) ptx::ld_relaxed_2(args_.words.h + 2 * pair, a[i], b[i]);
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        if (!wanted[i]) continue;
-        const uint32_t pair = base + i * kThreads;
-        const Two two = received(args_.words.h + 2 * pair, a[i], b[i], epoch_);
-        const uint32_t slot = pair / quarter;
-        *reinterpret_cast<uint2*>(arena_ + places_.vector + slot * pitch + (pair - slot * quarter) * 8) =
-            make_uint2(two.first, two.second);
-      }
-    }
+  // This thread's part of an expert's row of the gate.
+  __device__ __forceinline__ uint4 gate_vector(uint32_t expert) const {
+    static_assert(kMaxHidden <= kVector * kThreads);
+    return static_cast<const uint4*>(weights().gate)[uint64_t{expert} * (args_.hidden / kVector) + threadIdx.x];
   }
 
   // The gate's rows are spread over all blocks, which multiply the shared experts' before they look at the logits.
-  __device__ __forceinline__ void judge() {
+  __device__ __forceinline__ void judge(uint4 gate) {
     const uint32_t experts = args_.router.num_experts;
-    const uint32_t vectors = args_.hidden / kVector;
-    const uint4* const gate = static_cast<const uint4*>(weights().gate);
-    const uint4* const x = reinterpret_cast<const uint4*>(arena_ + places_.x);
+    const bool inside = threadIdx.x < args_.hidden / kVector;
+    const uint4 x = inside ? reinterpret_cast<const uint4*>(arena_ + places_.x)[threadIdx.x] : uint4{};
     for (uint32_t turn = 0, expert = blockIdx.x; expert < experts; ++turn, expert += gridDim.x) {
+      if (turn > 0 && inside) gate = gate_vector(expert);
+      float a[kVector];
+      float b[kVector];
+      unpack(a, gate);
+      unpack(b, x);
       float sum = 0.0f;
-      for (uint32_t at = threadIdx.x; at < vectors; at += kThreads) {
-        float a[kVector];
-        float b[kVector];
-        unpack(a, gate[uint64_t{expert} * vectors + at]);
-        unpack(b, x[at]);
 #pragma unroll
-        for (uint32_t i = 0; i < kVector; ++i) sum = fmaf(a[i], b[i], sum);
-      }
+      for (uint32_t i = 0; i < kVector; ++i) sum = fmaf(a[i], b[i], sum);
       sum = warp_sum(sum);
       if (lane() == 0) shared_.gate[turn][warp()] = sum;
     }
@@ -373,21 +375,73 @@ class Step {
     }
   }
 
-  // One warp of each block routes, to the same experts.
+  // Every block routes for itself, to the same experts.
   __device__ __forceinline__ void choose() {
+    const uint32_t pairs = args_.router.num_experts / 2;
+    float2 two = {};
+    if (threadIdx.x < pairs) {
+      const Two words = receive_two(args_.words.logits + 2 * threadIdx.x, epoch_);
+      two = make_float2(__uint_as_float(words.first), __uint_as_float(words.second));
+      reinterpret_cast<float2*>(shared_.logits)[threadIdx.x] = two;
+    }
+    const bool odd = __syncthreads_or(!isfinite(two.x) || !isfinite(two.y)) != 0;
+    if (odd || !args_.ranks_plainly) {
+      if (warp() == 0) choose_by_rule();
+    } else {
+      rank();
+    }
+    __syncthreads();
+    stream_.resume();
+    // Nobody wants the weights before the next barrier.
+    if (!odd && args_.ranks_plainly && warp() == 0) weigh();
+  }
+
+  // An expert's place is the number of those before it, which four threads count.
+  __device__ __forceinline__ void rank() {
     const uint32_t experts = args_.router.num_experts;
-    receive_pairs<4>(args_.words.logits, lane(), kWarpSize, experts / 2, epoch_, [&](uint32_t pair, Two two) {
-      reinterpret_cast<float2*>(shared_.logits)[pair] =
-          make_float2(__uint_as_float(two.first), __uint_as_float(two.second));
-    });
-    __syncwarp();
+    const uint32_t quarter = threadIdx.x % 4;
+    for (uint32_t base = 0; base < experts; base += kThreads / 4) {
+      const uint32_t expert = base + threadIdx.x / 4;
+      const float own = expert < experts ? shared_.logits[expert] : 0.0f;
+      uint32_t before = 0;
+#pragma unroll 4
+      for (uint32_t other = 2 * quarter; other < experts; other += 8) {
+        const float2 two = *reinterpret_cast<const float2*>(shared_.logits + other);
+        before += two.x > own || (two.x == own && other < expert);
+        before += two.y > own || (two.y == own && other + 1 < expert);
+      }
+      before += __shfl_xor_sync(kFullWarp, before, 1);
+      before += __shfl_xor_sync(kFullWarp, before, 2);
+      if (quarter == 0 && expert < experts && before < args_.router.topk) {
+        shared_.slots.expert[before] = static_cast<int32_t>(expert);
+      }
+    }
+  }
+
+  // The weights of the chosen, as the router's kernel has them.
+  __device__ __forceinline__ void weigh() {
+    const router::Args& router = args_.router;
+    router::Softmax softmax = {shared_.logits[shared_.slots.expert[0]], 0.0f};
+    if (router.score == ANABRANCH_SCORE_SOFTMAX) {
+      for (uint32_t expert = lane(); expert < router.num_experts; expert += kWarpSize) {
+        softmax.sum += router::exp_fast(shared_.logits[expert] - softmax.max);
+      }
+      softmax.sum = warp_sum(softmax.sum);
+    }
+    const bool chosen = lane() < router.topk;
+    const float logit = chosen ? shared_.logits[shared_.slots.expert[lane()]] : -INFINITY;
+    const float weight = router::weigh(router, chosen, logit, softmax, false);
+    if (chosen) shared_.slots.weight[lane()] = weight;
+  }
+
+  __device__ __forceinline__ void choose_by_rule() {
     router::Args router = args_.router;
     router.bias = weights().selection_bias;
     router.ids = shared_.slots.expert;
     router.weights = shared_.slots.weight;
-    if (experts <= 64) {
+    if (router.num_experts <= 64) {
       router::route_row<2>(router, shared_.logits, 0, shared_.counts, shared_.row);
-    } else if (experts <= 128) {
+    } else if (router.num_experts <= 128) {
       router::route_row<4>(router, shared_.logits, 0, shared_.counts, shared_.row);
     } else {
       router::route_row<8>(router, shared_.logits, 0, shared_.counts, shared_.row);

@@ -123,7 +123,7 @@ Args args_of(const AnabranchDecodeShape& shape) {
 uint64_t divide(const AnabranchDecodeShape& shape, uint32_t blocks, void* workspace, Args* args) {
   const uint64_t heads = shape.num_heads;
   const uint64_t slots = routes(shape) ? shape.routing.topk + shape.num_shared : 0;
-  const uint64_t h = std::max<uint64_t>(slots * shape.intermediate_size, shape.dense_size) / 2;
+  const uint64_t h = std::max<uint64_t>(slots * chunks_of(shape.intermediate_size), chunks_of(shape.dense_size)) * kChunk / 2;
   uint64_t at = 32;  // words; the epoch is in the first
   const auto take = [&](uint64_t words) {
     Word* const place = static_cast<Word*>(workspace) + at;
@@ -212,7 +212,7 @@ AnabranchStatus check_layer(const AnabranchDecodeShape& shape, const AnabranchDe
     if (!is_aligned(pointer, 16)) return ANABRANCH_STATUS_ALIGNMENT;
   }
   for (const float* pointer : {layer.attention_norm, layer.q_norm, layer.k_norm, layer.feed_forward_norm}) {
-    if (!is_aligned(pointer, 8)) return ANABRANCH_STATUS_ALIGNMENT;
+    if (!is_aligned(pointer, 16)) return ANABRANCH_STATUS_ALIGNMENT;
   }
   return ANABRANCH_STATUS_OK;
 }
@@ -256,6 +256,8 @@ void bring(const AnabranchDecodeStepParams& params, const Plan& plan, Args& args
     args.router.has_bias = true;
     args.router.rank_by_logits = args.router.score == ANABRANCH_SCORE_TOPK_SOFTMAX;
   }
+  args.ranks_plainly =
+      args.router.rank_by_logits && args.router.groups.count <= 1 && args.router.adaptive == ANABRANCH_ADAPTIVE_FIXED;
   args.x = static_cast<uint16_t*>(params.x);
   args.position = params.position;
   args.cache_row = params.cache_row;

@@ -32,7 +32,7 @@ struct Two {
 };
 
 // Two neighbours once both are there.
-__device__ __forceinline__ Two receive(const Word* words, uint32_t epoch) {
+__device__ __forceinline__ Two receive_two(const Word* words, uint32_t epoch) {
   Word a;
   Word b;
   do {
@@ -44,7 +44,7 @@ __device__ __forceinline__ Two receive(const Word* words, uint32_t epoch) {
 // The same after a first look, at `a` and `b`.
 __device__ __forceinline__ Two received(const Word* words, Word a, Word b, uint32_t epoch) {
   const bool there = static_cast<uint32_t>(a >> 32) == epoch && static_cast<uint32_t>(b >> 32) == epoch;
-  return there ? Two{static_cast<uint32_t>(a), static_cast<uint32_t>(b)} : receive(words, epoch);
+  return there ? Two{static_cast<uint32_t>(a), static_cast<uint32_t>(b)} : receive_two(words, epoch);
 }
 
 // Calls take(i, data of words 2 i and 2 i + 1) for i = first, first + stride, ... below `pairs`, several reads at a time.

@@ -723,7 +723,7 @@ AnabranchStatus anabranch_moe_block(const AnabranchMoeBlockParams* params, Anabr
 // Most layers of a decode step.
 #define ANABRANCH_DECODE_LAYERS 96
 
-// A layer's weights and cache; matrices are bf16, aligned to 16, norms' weights aligned to 8. H heads of queries, G of
+// A layer's weights and cache; matrices are bf16; everything is aligned to 16. H heads of queries, G of
 // keys. In latent attention a query of q_dim elements becomes, by `absorb`, one of key_dim that attends to the cached
 // rows, whose first value_dim elements are the values, and what comes out goes through `expand`.
 typedef struct AnabranchDecodeLayer {
