@@ -63,6 +63,7 @@ class Step {
         __syncthreads();
         publish(product, part);
       }
+      if (product == Product::kShared || product == Product::kRouted) publish_tails(product);
       if (product == Product::kDown) {
         if (++layer_ == args_.num_layers) break;
         ++epoch_;
@@ -192,11 +193,11 @@ class Step {
         }
       }
     }
-    if (product == Product::kShared || product == Product::kRouted) publish_tails(product, feed);
   }
 
   // Zeros up to whole chunks after the slots' parts of h, where they are not that.
-  __device__ __forceinline__ void publish_tails(Product product, const Feed& feed) {
+  __device__ __forceinline__ void publish_tails(Product product) {
+    const Feed feed(args_, routes());
     const uint32_t words = chunks_of(feed.n) * (kChunk / 2);
     const uint32_t tail = words - feed.n / 2;
     if (tail == 0 || blockIdx.x != 0) return;
