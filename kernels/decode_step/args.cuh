@@ -62,6 +62,31 @@ struct Words {
   Word* experts;    // [d], as attention
 };
 
+constexpr uint32_t kProducts = 7;
+
+// How a product is cut among blocks: block b has base units, the first `extra` blocks one more.
+struct Cut {
+  uint32_t base;
+  uint32_t extra;
+  uint32_t width;   // elements of a slot
+  uint32_t chunks;  // of all slots
+  uint32_t unit_bits;
+  uint32_t tile_bits;
+  uint32_t group_bits;
+};
+
+// Division by multiplication, of numbers whose product with the divisor is below 2^31.
+struct Divisor {
+  uint32_t reciprocal;
+
+  __host__ __device__ static Divisor of(uint32_t divisor) {
+    return {divisor == 0 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 31) + divisor - 1) / divisor)};
+  }
+  __host__ __device__ __forceinline__ uint32_t quotient(uint32_t number) const {
+    return static_cast<uint32_t>(uint64_t{number} * reciprocal >> 31);
+  }
+};
+
 struct Args {
   AnabranchDecodeLayer layers[kMaxLayers];
   uint32_t num_layers;
@@ -82,6 +107,11 @@ struct Args {
   uint32_t dense;         // n of a layer without experts
   uint32_t shared;        // experts that every token visits
   uint32_t sums_bytes;    // of shared memory
+  Cut cuts[2][kProducts];  // of layers without and with experts
+  Divisor of_intermediate;
+  Divisor of_intermediate_chunks;
+  Divisor of_dense;
+  Divisor of_dense_chunks;
 };
 
 // A tile of keys and values in shared memory.

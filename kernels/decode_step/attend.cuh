@@ -28,8 +28,52 @@ struct Angles {
   float sin[kMaxRotated];
 };
 
+// The sequence, of which nothing outside of the table and the cache is touched, whatever the device's numbers say.
+struct OneSequence {
+  uint32_t keys;
+  uint32_t table;
+
+  OneSequence() = default;
+  __device__ __forceinline__ explicit OneSequence(const attention::Args& args) {
+    table = min(*args.table_starts, args.table_len);
+    const uint64_t held = static_cast<uint64_t>(args.table_len - table) << args.block_shift;
+    keys = static_cast<uint32_t>(min(static_cast<uint64_t>(*args.kv_lengths), min(held, uint64_t{INT32_MAX})));
+  }
+
+  __device__ __forceinline__ uint32_t block(const attention::Args& args, uint32_t position) const {
+    return args.block_table[table + (position >> args.block_shift)];
+  }
+};
+
+// A block's part of the attention: a key head, and some tiles of its keys.
+struct AttendPlan {
+  OneSequence sequence;
+  uint32_t tiles;   // of all keys,
+  uint32_t splits;  // which so many blocks share
+  uint32_t head;
+  uint32_t split;
+  uint32_t first;  // of this block's tiles,
+  uint32_t end;    // and past the last
+  uint32_t row;    // of the cache, where the new key goes
+  bool works;
+
+  AttendPlan() = default;
+  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys) : sequence(args), row(row_of_key) {
+    tiles = (sequence.keys + keys - 1) / keys;
+    const uint32_t most = gridDim.x / args.num_kv_heads;
+    const uint32_t each = tiles <= kTilesAlone ? tiles : (tiles + most - 1) / most;
+    splits = tiles == 0 ? 1 : (tiles + each - 1) / each;
+    head = blockIdx.x / splits;
+    split = blockIdx.x - head * splits;
+    first = split * each;
+    end = min(tiles, first + each);
+    works = head < args.num_kv_heads;
+  }
+};
+
 // Static shared memory of attention.
 struct AttendShared {
+  AttendPlan plan;
   Angles angles;
   float maximum[kRows];  // of the rows' scores so far
   float sum[kRows];      // of their weights
@@ -50,22 +94,6 @@ struct Fresh {
   }
 };
 
-// The sequence, of which nothing outside of the table and the cache is touched, whatever the device's numbers say.
-struct OneSequence {
-  uint32_t keys;
-  uint32_t table;
-
-  __device__ __forceinline__ explicit OneSequence(const attention::Args& args) {
-    table = min(*args.table_starts, args.table_len);
-    const uint64_t held = static_cast<uint64_t>(args.table_len - table) << args.block_shift;
-    keys = static_cast<uint32_t>(min(static_cast<uint64_t>(*args.kv_lengths), min(held, uint64_t{INT32_MAX})));
-  }
-
-  __device__ __forceinline__ uint32_t block(const attention::Args& args, uint32_t position) const {
-    return args.block_table[table + (position >> args.block_shift)];
-  }
-};
-
 template <bool kLatent>
 class Attend {
   using Tile = TileOf<kLatent>;
@@ -74,27 +102,20 @@ class Attend {
   // Tiles of eight keys that are scored at a time, and parts that a score's elements are cut into.
   static constexpr uint32_t kScored = kKeys / 8;
   static constexpr uint32_t kParts = kWarps / kScored;
+  // Copies that bring a tile, a row each.
+  static constexpr uint32_t kCopies = kLatent ? kKeys : 2 * kKeys;
+  static_assert(kStages * kCopies <= kThreads);
   // Tiles of eight elements of the values that a warp sums at most.
   static constexpr uint32_t kSummed = ((kLatent ? 512 : 128) / 8 + kWarps - 1) / kWarps;
 
  public:
   __device__ __forceinline__ Attend(const Args& args, const Places& places, char* arena, AttendShared& shared)
-      : args_(args), a_(args.attention), places_(places), arena_(arena), shared_(shared), sequence_(a_) {
-    tiles_ = (sequence_.keys + kKeys - 1) / kKeys;
-    const uint32_t most = gridDim.x / a_.num_kv_heads;
-    const uint32_t each = tiles_ <= kTilesAlone ? tiles_ : (tiles_ + most - 1) / most;
-    splits_ = tiles_ == 0 ? 1 : (tiles_ + each - 1) / each;
-    head_ = blockIdx.x / splits_;
-    split_ = blockIdx.x - head_ * splits_;
-    first_ = split_ * each;
-    end_ = min(tiles_, first_ + each);
-    works_ = head_ < a_.num_kv_heads;
-    row_ = static_cast<uint32_t>(*args_.cache_row);
-    key_pitch_ = pitch_of(a_.key_dim);
-    value_pitch_ = kLatent ? key_pitch_ : pitch_of(a_.value_dim);
+      : args_(args), a_(args.attention), places_(places), arena_(arena), shared_(shared) {
+    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys);
+    __syncthreads();
+    copied_row_ = 0;
+    copies_ = plan().works && threadIdx.x < kStages * kCopies && row_to_copy(plan().first + threadIdx.x / kCopies, copied_row_);
   }
-
-  __device__ __forceinline__ bool works() const { return works_; }
 
   // Once, before the first layer.
   __device__ __forceinline__ void prepare() {
@@ -113,31 +134,31 @@ class Attend {
     }
   }
 
-  // Asks for the first tiles of keys and values. One warp calls it, when nobody reads what lies in their place.
+  // Asks for the first tiles of keys and values. Whole blocks call it, when nobody reads what lies in their place.
   __device__ __forceinline__ void begin(const AnabranchDecodeLayer& layer) {
-    if (!works_) return;
-    for (uint32_t tile = first_; tile < min(end_, first_ + kStages); ++tile) load(layer, tile);
+    if (!plan().works) return;
+    if (threadIdx.x < kStages && plan().first + threadIdx.x < plan().end) expect(layer, plan().first + threadIdx.x);
+    if (copies_) copy(layer, plan().first + threadIdx.x / kCopies, copied_row_);
   }
 
   // From projected words to attended ones. Whole blocks call it.
   __device__ __forceinline__ void run(const AnabranchDecodeLayer& layer, uint32_t epoch) {
-    if (!works_) return;
+    if (!plan().works) return;
     receive_heads(epoch);
-    if (first_ < end_) wait(barrier(0), parity_ & 1);
+    if (plan().first < plan().end) wait(barrier(0), parity_ & 1);
     __syncthreads();
     prepare_heads(layer);
     float sums[kSummed][4] = {};
-    const uint32_t warp = threadIdx.x / kWarpSize;
     if (threadIdx.x < kRows) {
       shared_.maximum[threadIdx.x] = -INFINITY;
       shared_.sum[threadIdx.x] = 0.0f;
     }
-    for (uint32_t tile = first_; tile < end_; ++tile) {
-      const uint32_t stage = (tile - first_) % kStages;
+    for (uint32_t tile = plan().first; tile < plan().end; ++tile) {
+      const uint32_t stage = (tile - plan().first) % kStages;
       wait(barrier(stage), parity_ >> stage & 1);
       parity_ ^= 1u << stage;
       __syncthreads();
-      if (tile + 1 == tiles_) {
+      if (tile + 1 == plan().tiles) {
         finish_tile(stage, tile);
         __syncthreads();
       }
@@ -146,16 +167,15 @@ class Attend {
       weigh(tile);
       __syncthreads();
       add_values(sums, stage);
-      if (tile + kStages < end_) {
+      if (tile + kStages < plan().end) {
         __syncthreads();
-        if (warp == 0) {
-          ptx::fence_shared_proxy();
-          load(layer, tile + kStages);
-        }
+        if (threadIdx.x == 0) expect(layer, tile + kStages);
+        uint64_t row;
+        if (threadIdx.x < kCopies && row_to_copy(tile + kStages, row)) copy(layer, tile + kStages, row);
       }
     }
     __syncthreads();
-    if (splits_ == 1) {
+    if (plan().splits == 1) {
       write(sums, epoch);
       // What comes next to this place is others' vectors.
       __syncthreads();
@@ -166,6 +186,9 @@ class Attend {
   }
 
  private:
+  __device__ __forceinline__ const AttendPlan& plan() const { return shared_.plan; }
+  __device__ __forceinline__ uint32_t key_pitch() const { return pitch_of(a_.key_dim); }
+  __device__ __forceinline__ uint32_t value_pitch() const { return pitch_of(kLatent ? a_.key_dim : a_.value_dim); }
   __device__ __forceinline__ uint32_t barrier(uint32_t stage) const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(&shared_.there[stage]));
   }
@@ -177,14 +200,14 @@ class Attend {
     return reinterpret_cast<T*>(arena_ + place);
   }
   __device__ __forceinline__ uint32_t key_row(uint32_t stage, uint32_t row) const {
-    return places_.keys + (stage * kKeys + row) * key_pitch_;
+    return places_.keys + (stage * kKeys + row) * key_pitch();
   }
   __device__ __forceinline__ uint32_t value_row(uint32_t stage, uint32_t row) const {
-    return kLatent ? key_row(stage, row) : places_.values + (stage * kKeys + row) * value_pitch_;
+    return kLatent ? key_row(stage, row) : places_.values + (stage * kKeys + row) * value_pitch();
   }
-  __device__ __forceinline__ bool has_new() const { return end_ == tiles_ && tiles_ > 0; }
+  __device__ __forceinline__ bool has_new() const { return plan().end == plan().tiles && plan().tiles > 0; }
   // The new key and value, in bf16 until their tile is there, follow the queries.
-  __device__ __forceinline__ uint32_t query_row(uint32_t row) const { return places_.query + row * key_pitch_; }
+  __device__ __forceinline__ uint32_t query_row(uint32_t row) const { return places_.query + row * key_pitch(); }
   __device__ __forceinline__ float* fresh_key() const {
     return at<float>(places_.fresh) + a_.group * Places::fresh_dim<kLatent>(args_);
   }
@@ -195,35 +218,45 @@ class Attend {
     return weight == nullptr ? nullptr : at<float>(norm_place(which));
   }
 
-  // One warp asks for a tile's keys and values, as far as they are in the cache.
-  __device__ __forceinline__ void load(const AnabranchDecodeLayer& layer, uint32_t tile) {
-    const uint32_t lane = threadIdx.x % kWarpSize;
-    const uint32_t stage = (tile - first_) % kStages;
-    const uint32_t stored = sequence_.keys - 1;
+  // Keys of a tile that are in the cache; the new one is not.
+  __device__ __forceinline__ uint32_t stored(uint32_t tile) const {
     const uint32_t first = tile * kKeys;
-    const uint32_t count = first < stored ? min(kKeys, stored - first) : 0;
-    const uint32_t key_bytes = a_.key_dim * 2;
-    const uint32_t value_bytes = kLatent ? 0 : a_.value_dim * 2;
-    // The norms come with the first tile.
-    const uint32_t q_norm_bytes = tile == first_ && layer.q_norm != nullptr ? a_.key_dim * 4 : 0;
-    const uint32_t k_norm_bytes = tile == first_ && layer.k_norm != nullptr ? k_norm_width() * 4 : 0;
-    if (lane == 0) {
-      ptx::mbarrier_arrive_expect(barrier(stage), count * (key_bytes + value_bytes) + q_norm_bytes + k_norm_bytes);
-      if (q_norm_bytes > 0) ptx::bulk_copy(address(norm_place(0)), layer.q_norm, q_norm_bytes, barrier(stage));
-      if (k_norm_bytes > 0) ptx::bulk_copy(address(norm_place(1)), layer.k_norm, k_norm_bytes, barrier(stage));
-    }
-    __syncwarp();
-    for (uint32_t row = lane; row < count; row += kWarpSize) {
-      const uint32_t position = first + row;
-      const uint64_t from = attention::cache_row(a_, sequence_.block(a_, position), position);
+    const uint32_t keys = plan().sequence.keys - 1;
+    return first < keys ? min(kKeys, keys - first) : 0;
+  }
+
+  // Announces what will be copied of a tile. The norms' weights come with the first one.
+  __device__ __forceinline__ void expect(const AnabranchDecodeLayer& layer, uint32_t tile) {
+    const uint32_t there = barrier((tile - plan().first) % kStages);
+    const uint32_t q_bytes = tile == plan().first && layer.q_norm != nullptr ? a_.key_dim * 4 : 0;
+    const uint32_t k_bytes = tile == plan().first && layer.k_norm != nullptr ? k_norm_width() * 4 : 0;
+    const uint32_t row_bytes = (a_.key_dim + (kLatent ? 0 : a_.value_dim)) * 2;
+    ptx::mbarrier_arrive_expect(there, stored(tile) * row_bytes + q_bytes + k_bytes);
+    if (q_bytes > 0) ptx::bulk_copy(address(norm_place(0)), layer.q_norm, q_bytes, there);
+    if (k_bytes > 0) ptx::bulk_copy(address(norm_place(1)), layer.k_norm, k_bytes, there);
+  }
+
+  // The cache's row that this thread copies of a tile, if it copies one.
+  __device__ __forceinline__ bool row_to_copy(uint32_t tile, uint64_t& row) const {
+    const uint32_t of_tile = threadIdx.x % kCopies % kKeys;
+    if (tile >= plan().end || of_tile >= stored(tile)) return false;
+    const uint32_t position = tile * kKeys + of_tile;
+    row = attention::cache_row(a_, plan().sequence.block(a_, position), position);
+    return true;
+  }
+
+  // This thread's copy of a tile: a key or a value.
+  __device__ __forceinline__ void copy(const AnabranchDecodeLayer& layer, uint32_t tile, uint64_t row) {
+    const uint32_t of_tile = threadIdx.x % kCopies;
+    const uint32_t stage = (tile - plan().first) % kStages;
+    if (of_tile < kKeys) {
       const uint16_t* const keys = static_cast<const uint16_t*>(layer.k_cache);
-      ptx::bulk_copy(address(key_row(stage, row)), keys + from * a_.key_stride + head_ * a_.key_dim, key_bytes,
+      ptx::bulk_copy(address(key_row(stage, of_tile)), keys + row * a_.key_stride + plan().head * a_.key_dim, a_.key_dim * 2,
                      barrier(stage));
-      if constexpr (!kLatent) {
-        const uint16_t* const values = static_cast<const uint16_t*>(layer.v_cache);
-        ptx::bulk_copy(address(value_row(stage, row)), values + from * a_.value_stride + head_ * a_.value_dim,
-                       value_bytes, barrier(stage));
-      }
+    } else {
+      const uint16_t* const values = static_cast<const uint16_t*>(layer.v_cache);
+      ptx::bulk_copy(address(value_row(stage, of_tile - kKeys)), values + row * a_.value_stride + plan().head * a_.value_dim,
+                     a_.value_dim * 2, barrier(stage));
     }
   }
 
@@ -231,13 +264,13 @@ class Attend {
   __device__ __forceinline__ void receive_heads(uint32_t epoch) {
     float* const fresh = at<float>(places_.fresh);
     const uint32_t queries = a_.group * a_.key_dim;
-    const uint32_t first = head_ * queries;
+    const uint32_t first = plan().head * queries;
     // Pairs of words: of the queries, and of the new key and value.
     const uint32_t of_queries = kLatent ? queries / 4 : queries / 2;
     const uint32_t of_key = has_new() ? a_.key_dim / 2 : 0;
     const uint32_t of_value = has_new() && !kLatent ? a_.value_dim / 2 : 0;
-    const uint32_t key = kLatent ? a_.num_heads * args_.q_dim : (a_.num_heads + head_) * a_.key_dim;
-    const uint32_t value = (a_.num_heads + a_.num_kv_heads) * a_.key_dim + head_ * a_.value_dim;
+    const uint32_t key = kLatent ? a_.num_heads * args_.q_dim : (a_.num_heads + plan().head) * a_.key_dim;
+    const uint32_t value = (a_.num_heads + a_.num_kv_heads) * a_.key_dim + plan().head * a_.value_dim;
     const Word* const query_words = kLatent ? args_.words.absorbed : args_.words.projected + first;
     const auto words_of = [&](uint32_t pair) -> const Word* {
       if (pair < of_queries) return query_words + 2 * pair;
@@ -262,7 +295,7 @@ class Attend {
       float* const to = kLatent ? fresh_key() + 2 * (pair - of_queries) : fresh + 2 * pair;
       *reinterpret_cast<float2*>(to) = make_float2(__uint_as_float(two.first), __uint_as_float(two.second));
     };
-    constexpr uint32_t kBatch = kLatent ? 6 : 3;
+    constexpr uint32_t kBatch = kLatent ? 5 : 3;
     const uint32_t pairs = of_queries + of_key + of_value;
     for (uint32_t base = threadIdx.x; base < pairs; base += kBatch * kThreads) {
       Word a[kBatch];
@@ -279,7 +312,7 @@ class Attend {
       }
     }
     // Rows of the tile that are no head's.
-    const uint32_t vectors = key_pitch_ / 16;
+    const uint32_t vectors = key_pitch() / 16;
     for (uint32_t i = a_.group * vectors + threadIdx.x; i < kRows * vectors; i += kThreads) {
       *at<uint4>(places_.query + i * 16) = uint4{};
     }
@@ -290,7 +323,7 @@ class Attend {
     const uint32_t warp = threadIdx.x / kWarpSize;
     const uint32_t lane = threadIdx.x % kWarpSize;
     const uint32_t fresh_dim = Places::fresh_dim<kLatent>(args_);
-    const uint32_t row = row_;
+    const uint32_t row = static_cast<uint32_t>(*args_.cache_row);
     const bool cached = row < a_.num_blocks << a_.block_shift;
     for (uint32_t head = warp; head < a_.group; head += kWarps) {
       Fresh from = {at<float>(places_.fresh) + head * fresh_dim, norm_of(layer.q_norm, 0), a_.key_dim, 0.0f};
@@ -308,14 +341,14 @@ class Attend {
       from.scale = norm_scale(from);
       uint16_t* const cache = static_cast<uint16_t*>(layer.k_cache);
       rotate(from, 0, a_.key_dim, at<uint16_t>(query_row(kRows)),
-             cached ? cache + uint64_t{row} * a_.key_stride + head_ * a_.key_dim : nullptr);
+             cached ? cache + uint64_t{row} * a_.key_stride + plan().head * a_.key_dim : nullptr);
     }
     if constexpr (!kLatent) {
       if (warp == (a_.group + 1) % kWarps) {
         const float* const from = fresh_key() + a_.key_dim;
         uint16_t* const to = at<uint16_t>(query_row(kRows + 1));
         uint16_t* const cache =
-            static_cast<uint16_t*>(layer.v_cache) + uint64_t{row} * a_.value_stride + head_ * a_.value_dim;
+            static_cast<uint16_t*>(layer.v_cache) + uint64_t{row} * a_.value_stride + plan().head * a_.value_dim;
         for (uint32_t i = lane; i < a_.value_dim; i += kWarpSize) {
           to[i] = float_to_bf16(from[i]);
           if (cached) cache[i] = to[i];
@@ -364,7 +397,7 @@ class Attend {
 
   // The last tile: the new key and value take their rows, and values past the end are zeros, which their weights are too.
   __device__ __forceinline__ void finish_tile(uint32_t stage, uint32_t tile) {
-    const uint32_t last = sequence_.keys - 1 - tile * kKeys;
+    const uint32_t last = plan().sequence.keys - 1 - tile * kKeys;
     const auto fill = [&](uint32_t place, uint32_t pitch, uint32_t bytes, uint32_t from) {
       const uint32_t vectors = bytes / 16;
       for (uint32_t i = threadIdx.x; i < (kKeys - last) * vectors; i += kThreads) {
@@ -373,8 +406,8 @@ class Attend {
         *at<uint4>(place + row * pitch + at_vector) = row == 0 ? *at<uint4>(from + at_vector) : uint4{};
       }
     };
-    fill(key_row(stage, last), key_pitch_, a_.key_dim * 2, query_row(kRows));
-    if constexpr (!kLatent) fill(value_row(stage, last), value_pitch_, a_.value_dim * 2, query_row(kRows + 1));
+    fill(key_row(stage, last), key_pitch(), a_.key_dim * 2, query_row(kRows));
+    if constexpr (!kLatent) fill(value_row(stage, last), value_pitch(), a_.value_dim * 2, query_row(kRows + 1));
   }
 
   // Scores of 16 rows and a tile's keys, a part of the elements each.
@@ -423,7 +456,7 @@ class Attend {
       float sum = 0.0f;
 #pragma unroll
       for (uint32_t part = 0; part < kParts; ++part) sum += scores[part * kRows * kKeys];
-      score[i] = tile * kKeys + key < sequence_.keys ? sum * a_.scale_log2 : -INFINITY;
+      score[i] = tile * kKeys + key < plan().sequence.keys ? sum * a_.scale_log2 : -INFINITY;
       largest = fmaxf(largest, score[i]);
     }
     const float before = shared_.maximum[row];
@@ -464,7 +497,7 @@ class Attend {
       for (uint32_t keys = 0; keys < kKeys; keys += 32) {
         uint32_t a[4];
         uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b[0], b[1], b[2], b[3], v + keys * value_pitch_ + tile * 16);
+        ptx::ldmatrix_x4_trans(b[0], b[1], b[2], b[3], v + keys * value_pitch() + tile * 16);
         ptx::ldmatrix_x4(a[0], a[1], a[2], a[3], p + keys * 2);
         ptx::mma_m16n8k16_bf16(c, a, {b[0], b[1]});
         ptx::ldmatrix_x4(a[0], a[1], a[2], a[3], p + keys * 2 + 32);
@@ -489,7 +522,7 @@ class Attend {
   }
 
   __device__ __forceinline__ void write(const float (&sums)[kSummed][4], uint32_t epoch) {
-    Word* const words = args_.words.attended + head_ * a_.group * a_.value_dim / 2;
+    Word* const words = args_.words.attended + plan().head * a_.group * a_.value_dim / 2;
     each_two(sums, [&](uint32_t row, uint32_t element, float x, float y) {
       const float sum = shared_.sum[row];
       const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -512,11 +545,11 @@ class Attend {
   __device__ __forceinline__ void merge(uint32_t epoch) {
     const uint32_t warp = threadIdx.x / kWarpSize;
     const uint32_t lane = threadIdx.x % kWarpSize;
-    const uint32_t block = head_ * splits_;
+    const uint32_t block = plan().head * plan().splits;
     // Factors of parts, [splits, group]; in place of keys, which nobody reads any more.
     float* const factors = at<float>(places_.keys);
-    float* const totals = factors + splits_ * a_.group;
-    for (uint32_t i = threadIdx.x; i < splits_ * a_.group; i += kThreads) {
+    float* const totals = factors + plan().splits * a_.group;
+    for (uint32_t i = threadIdx.x; i < plan().splits * a_.group; i += kThreads) {
       const uint32_t part = i / a_.group;
       const Two two =
           receive_two(args_.words.statistics + ((block + part) * kRows + i - part * a_.group) * 2, epoch);
@@ -526,13 +559,13 @@ class Attend {
     __syncthreads();
     for (uint32_t row = warp; row < a_.group; row += kWarps) {
       float maximum = -INFINITY;
-      for (uint32_t part = lane; part < splits_; part += kWarpSize) {
+      for (uint32_t part = lane; part < plan().splits; part += kWarpSize) {
         maximum = fmaxf(maximum, factors[part * a_.group + row]);
       }
       maximum = warp_max(maximum);
       const float base = maximum == -INFINITY ? 0.0f : maximum;
       float sum = 0.0f;
-      for (uint32_t part = lane; part < splits_; part += kWarpSize) {
+      for (uint32_t part = lane; part < plan().splits; part += kWarpSize) {
         const uint32_t i = part * a_.group + row;
         const float factor = ptx::ex2_approx(factors[i] - base);
         sum = fmaf(factor, totals[i], sum);
@@ -540,23 +573,36 @@ class Attend {
       }
       sum = warp_sum(sum);
       const float reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
-      for (uint32_t part = lane; part < splits_; part += kWarpSize) factors[part * a_.group + row] *= reciprocal;
+      for (uint32_t part = lane; part < plan().splits; part += kWarpSize) factors[part * a_.group + row] *= reciprocal;
     }
     __syncthreads();
     const uint32_t half = a_.value_dim / 2;
     const uint32_t pairs = a_.group * half;
-    Word* const words = args_.words.attended + head_ * pairs;
-    const uint32_t end = (split_ + 1) * pairs / splits_;
-    for (uint32_t pair = split_ * pairs / splits_ + threadIdx.x; pair < end; pair += kThreads) {
-      const uint32_t row = pair / half;
-      const Word* const parts = args_.words.parts + uint64_t{block} * kRows * a_.value_dim + 2 * pair;
+    Word* const words = args_.words.attended + plan().head * pairs;
+    const uint32_t end = (plan().split + 1) * pairs / plan().splits;
+    const uint64_t pitch = uint64_t{kRows} * a_.value_dim;
+    for (uint32_t pair = plan().split * pairs / plan().splits + threadIdx.x; pair < end; pair += kThreads) {
+      const Word* const words_of = args_.words.parts + block * pitch + 2 * pair;
+      const float* const factor = factors + pair / half;
       float x = 0.0f;
       float y = 0.0f;
-      receive_pairs<4>(parts, 0, kRows * half, splits_ * kRows * half, epoch, [&](uint32_t at_pair, Two two) {
-        const float factor = factors[at_pair / (kRows * half) * a_.group + row];
-        x = fmaf(factor, __uint_as_float(two.first), x);
-        y = fmaf(factor, __uint_as_float(two.second), y);
-      });
+      constexpr uint32_t kBatch = 4;
+      for (uint32_t part = 0; part < plan().splits; part += kBatch) {
+        Word first[kBatch];
+        Word second[kBatch];
+#pragma unroll
+        for (uint32_t i = 0; i < kBatch; ++i) {
+          if (part + i < plan().splits) ptx::ld_relaxed_2(words_of + (part + i) * pitch, first[i], second[i]);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kBatch; ++i) {
+          if (part + i >= plan().splits) continue;
+          const Two two = received(words_of + (part + i) * pitch, first[i], second[i], epoch);
+          const float weight = factor[(part + i) * a_.group];
+          x = fmaf(weight, __uint_as_float(two.first), x);
+          y = fmaf(weight, __uint_as_float(two.second), y);
+        }
+      }
       publish(words + pair, ptx::cvt_bf16x2(x, y), epoch);
     }
     __syncthreads();
@@ -567,18 +613,10 @@ class Attend {
   const Places& places_;
   char* const arena_;
   AttendShared& shared_;
-  OneSequence sequence_;
-  uint32_t tiles_;
-  uint32_t splits_;
-  uint32_t head_;
-  uint32_t split_;
-  uint32_t first_;
-  uint32_t end_;
-  uint32_t row_;  // of the new key
-  uint32_t key_pitch_;
-  uint32_t value_pitch_;
   uint32_t parity_ = 0;
-  bool works_;
+  // This thread's copy of the first tiles, which is the same in all layers.
+  uint64_t copied_row_;
+  bool copies_;
 };
 
 }  // namespace anabranch::decode_step

@@ -46,7 +46,7 @@ class Step {
     Product product = Product::kProject;
     for (;;) {
       receive(product);
-      const Part part = Part::of<kLatent>(args_, routes(), product, blockIdx.x, gridDim.x);
+      const Part part(args_, routes(), product, blockIdx.x);
       uint32_t vectors = places_.vector;
       uint32_t units = 0;
       uint32_t bytes = 0;
@@ -141,8 +141,8 @@ class Step {
   __device__ __forceinline__ float sum_of(const Part& part, uint32_t row) const {
     const float* from = sums() + row;
     float sum = 0.0f;
-#pragma unroll 8
-    for (uint32_t group = 0; group < part.groups; ++group, from += part.tiles * 16) sum += *from;
+#pragma unroll 4
+    for (uint32_t group = 0; group < 1u << part.group_bits; ++group, from += part.tiles * 16) sum += *from;
     return sum;
   }
 
@@ -178,7 +178,7 @@ class Step {
         }
         default: {
           const uint32_t column = tile * 8 + of_tile % 8;
-          uint32_t slot = (part.first + column) / feed.n;
+          uint32_t slot = feed.of_n.quotient(part.first + column);
           const uint32_t element = part.first + column - slot * feed.n;
           if (product == Product::kRouted) slot += feed.shared;
           sum = silu(sum) * __shfl_down_sync(kFullWarp, sum, 8);
@@ -281,7 +281,7 @@ class Step {
     // h was written where the copy engine will write keys.
     if (begins) ptx::fence_shared_proxy();
     __syncthreads();
-    if (begins && warp() == 0) attend_.begin(weights());
+    if (begins) attend_.begin(weights());
     sum = 0.0f;
 #pragma unroll
     for (uint32_t i = 0; i < kWarps; ++i) sum += shared_.squares[i];
@@ -311,7 +311,7 @@ class Step {
 
   // Projected queries of the heads that the block absorbs.
   __device__ __forceinline__ void receive_queries() {
-    const Part part = Part::of<kLatent>(args_, true, Product::kAbsorb, blockIdx.x, gridDim.x);
+    const Part part(args_, true, Product::kAbsorb, blockIdx.x);
     if (part.count == 0) return;
     const uint32_t units = args_.attention.key_dim / 8;
     const uint32_t first = part.first / units;
@@ -329,7 +329,7 @@ class Step {
 
   // Attended latents of the heads that the block expands.
   __device__ __forceinline__ void receive_latents() {
-    const Part part = Part::of<kLatent>(args_, true, Product::kExpand, blockIdx.x, gridDim.x);
+    const Part part(args_, true, Product::kExpand, blockIdx.x);
     if (part.count == 0) return;
     const uint32_t units = args_.o_dim / 8;
     const uint32_t first = part.first / units;

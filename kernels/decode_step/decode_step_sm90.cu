@@ -76,10 +76,13 @@ bool is_supported(const AnabranchDecodeShape& shape) {
         !is_width(shape.intermediate_size)) {
       return false;
     }
+    // What Divisor takes.
+    const uint64_t width = shape.intermediate_size;
+    if ((routing.topk + shape.num_shared) * width * width >= uint64_t{1} << 31) return false;
   } else if (shape.dense_size == 0) {
     return false;
   }
-  return shape.dense_size == 0 || is_width(shape.dense_size);
+  return shape.dense_size == 0 || (is_width(shape.dense_size) && shape.dense_size < 1u << 15);
 }
 
 // All but what a call brings: pointers and the cache's sizes.
@@ -146,20 +149,21 @@ uint64_t divide(const AnabranchDecodeShape& shape, uint32_t blocks, void* worksp
   return at * sizeof(Word);
 }
 
-// Shared memory for the sums of a product's rows, of whichever block and layer has most.
+// Cuts products, and makes room for the sums of one's rows, of whichever block and layer has most.
 template <bool kLatent>
-uint32_t sums_bytes(const Args& args, uint32_t blocks) {
-  uint32_t most = 0;
+void cut(Args& args, uint32_t blocks) {
   for (const bool routes : {false, true}) {
     if (routes ? args.router.num_experts == 0 : args.dense == 0) continue;
-    for (uint32_t product = 0; product <= static_cast<uint32_t>(Product::kDown); ++product) {
-      for (uint32_t block = 0; block < blocks; ++block) {
-        const Part part = Part::of<kLatent>(args, routes, static_cast<Product>(product), block, blocks);
-        most = std::max(most, part.groups * part.tiles * 16 * 4);
-      }
+    for (uint32_t product = 0; product < kProducts; ++product) {
+      args.cuts[routes][product] = cut_of<kLatent>(args, routes, static_cast<Product>(product), blocks);
+      const Part part(args, routes, static_cast<Product>(product), 0);
+      args.sums_bytes = std::max(args.sums_bytes, (part.tiles * 16 * 4) << part.group_bits);
     }
   }
-  return most;
+  args.of_intermediate = Divisor::of(args.intermediate);
+  args.of_intermediate_chunks = Divisor::of(chunks_of(args.intermediate));
+  args.of_dense = Divisor::of(args.dense);
+  args.of_dense_chunks = Divisor::of(chunks_of(args.dense));
 }
 
 struct Plan {
@@ -181,7 +185,7 @@ AnabranchStatus plan_for(const AnabranchDecodeShape& shape, Args& args, Plan* pl
   ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
   // Every block has some of the output products' columns: whoever waits for all of them has waited for all blocks.
   plan->blocks = std::min({static_cast<uint32_t>(multiprocessors), shape.hidden_size, kMostBlocks});
-  args.sums_bytes = sums_bytes<kLatent>(args, plan->blocks);
+  cut<kLatent>(args, plan->blocks);
   plan->shared_bytes = Places::of<kLatent>(args).bytes;
   plan->workspace_bytes = divide(shape, plan->blocks, nullptr, &args);
   plan->takes = major == 9 && plan->shared_bytes + sizeof(Shared) <= static_cast<uint32_t>(most) &&

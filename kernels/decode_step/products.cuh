@@ -19,12 +19,16 @@ struct Feed {
   uint32_t routed;
   uint32_t first;  // the first shared expert's place among the weights
   uint32_t n;
+  Divisor of_n;       // by n, and
+  Divisor of_chunks;  // by the chunks of n elements
 
   __host__ __device__ __forceinline__ Feed(const Args& args, bool routes) {
     shared = routes ? args.shared : 1;
     routed = routes ? args.router.topk : 0;
     first = routes ? args.router.num_experts : 0;
     n = routes ? args.intermediate : args.dense;
+    of_n = routes ? args.of_intermediate : args.of_dense;
+    of_chunks = routes ? args.of_intermediate_chunks : args.of_dense_chunks;
   }
 
   __host__ __device__ __forceinline__ uint32_t slots() const { return shared + routed; }
@@ -42,66 +46,72 @@ struct Feed {
 
 // In the order in which a layer has them. kShared and kRouted are the first product of shared and of routed experts.
 enum class Product : uint32_t { kProject, kAbsorb, kExpand, kOutput, kShared, kRouted, kDown };
+static_assert(static_cast<uint32_t>(Product::kDown) + 1 == kProducts);
 
 // A block's part of a product. Rows come in tiles of twice eight: of most products 16 neighbours, of kShared and kRouted
 // eight columns' rows of the gate and the same of up, of products by head eight rows of one head.
 struct Part {
-  uint32_t first;   // row, column or, of products by head, group of eight rows
-  uint32_t count;   // of them
+  uint32_t first;  // row, column or, of products by head, group of eight rows
+  uint32_t count;  // of them
   uint32_t tiles;
-  uint32_t slots;   // vectors that a row's parts are multiplied with, one after another
-  uint32_t width;   // elements of each
-  uint32_t chunks;  // of kChunk elements, of all slots
-  uint32_t groups;  // of warps that share the chunks; the others of a product share its tiles
+  uint32_t width;       // elements of each of a row's slots
+  uint32_t chunks;      // of kChunk elements, of all slots
+  uint32_t group_bits;  // 2^group_bits warps share the chunks; the others of a product share its tiles
 
-  template <bool kLatent>
-  __host__ __device__ __forceinline__ static Part of(const Args& args, bool routes, Product product, uint32_t block,
-                                                     uint32_t blocks) {
-    const attention::Args& a = args.attention;
-    const Feed feed(args, routes);
-    uint32_t units = args.hidden;
-    uint32_t unit = 1;
-    uint32_t rows = 16;  // units of a tile
-    Part part = {};
-    part.slots = 1;
-    part.width = args.hidden;
-    switch (product) {
-      case Product::kProject:
-        units = kLatent ? a.num_heads * args.q_dim + a.key_dim : (a.num_heads + 2 * a.num_kv_heads) * a.key_dim;
-        break;
-      case Product::kAbsorb:
-        units = a.num_heads * a.key_dim / 8;
-        rows = 1;
-        part.width = args.q_dim;
-        break;
-      case Product::kExpand:
-        units = a.num_heads * args.o_dim / 8;
-        rows = 1;
-        part.width = a.value_dim;
-        break;
-      case Product::kOutput:
-        part.width = a.num_heads * args.o_dim;
-        break;
-      case Product::kShared:
-      case Product::kRouted:
-        // Two neighbours are one word of h.
-        units = (product == Product::kShared ? feed.shared : feed.routed) * feed.n / 2;
-        unit = 2;
-        rows = 8;
-        break;
-      default:
-        part.slots = feed.slots();
-        part.width = feed.n;
-    }
-    const uint32_t first = static_cast<uint32_t>(uint64_t{units} * block / blocks);
-    part.first = first * unit;
-    part.count = (static_cast<uint32_t>(uint64_t{units} * (block + 1) / blocks) - first) * unit;
-    part.tiles = (part.count + rows - 1) / rows;
-    part.chunks = part.slots * chunks_of(part.width);
-    part.groups = kWarps;
-    while (part.groups > 1 && part.chunks < 2 * part.groups) part.groups /= 2;
-    return part;
+  __host__ __device__ __forceinline__ Part(const Args& args, bool routes, Product product, uint32_t block) {
+    const Cut& cut = args.cuts[routes][static_cast<uint32_t>(product)];
+    first = (block * cut.base + (block < cut.extra ? block : cut.extra)) << cut.unit_bits;
+    count = (cut.base + (block < cut.extra ? 1 : 0)) << cut.unit_bits;
+    tiles = (count + (1u << cut.tile_bits) - 1) >> cut.tile_bits;
+    width = cut.width;
+    chunks = cut.chunks;
+    group_bits = cut.group_bits;
   }
 };
+
+// How a product is cut among blocks.
+template <bool kLatent>
+Cut cut_of(const Args& args, bool routes, Product product, uint32_t blocks) {
+  const attention::Args& a = args.attention;
+  const Feed feed(args, routes);
+  uint32_t units = args.hidden;
+  uint32_t slots = 1;
+  Cut cut = {};
+  cut.tile_bits = 4;
+  cut.width = args.hidden;
+  switch (product) {
+    case Product::kProject:
+      units = kLatent ? a.num_heads * args.q_dim + a.key_dim : (a.num_heads + 2 * a.num_kv_heads) * a.key_dim;
+      break;
+    case Product::kAbsorb:
+      units = a.num_heads * a.key_dim / 8;
+      cut.tile_bits = 0;
+      cut.width = args.q_dim;
+      break;
+    case Product::kExpand:
+      units = a.num_heads * args.o_dim / 8;
+      cut.tile_bits = 0;
+      cut.width = a.value_dim;
+      break;
+    case Product::kOutput:
+      cut.width = a.num_heads * args.o_dim;
+      break;
+    case Product::kShared:
+    case Product::kRouted:
+      // Two neighbours are one word of h.
+      units = (product == Product::kShared ? feed.shared : feed.routed) * feed.n / 2;
+      cut.unit_bits = 1;
+      cut.tile_bits = 3;
+      break;
+    default:
+      slots = feed.slots();
+      cut.width = feed.n;
+  }
+  cut.base = units / blocks;
+  cut.extra = units % blocks;
+  cut.chunks = slots * chunks_of(cut.width);
+  while ((2u << cut.group_bits) <= kWarps && cut.chunks >= (4u << cut.group_bits)) ++cut.group_bits;
+  return cut;
+}
 
 }  // namespace anabranch::decode_step

@@ -20,7 +20,11 @@ class WeightStream {
  public:
   // `ring`: address of kDepth steps of shared memory that are the warp's own.
   __device__ __forceinline__ WeightStream(const Args& args, const Slots& slots, uint32_t ring)
-      : args_(args), slots_(slots), ring_(ring + threadIdx.x % kWarpSize * 16) {
+      : args_(args),
+        slots_(slots),
+        ring_(ring + threadIdx.x % kWarpSize * 16),
+        part_(args, args.layers[0].gate != nullptr, Product::kProject, blockIdx.x),
+        turn_(part_) {
     enter(Product::kProject);
   }
 
@@ -81,11 +85,11 @@ class WeightStream {
 
     __device__ __forceinline__ explicit Turn(const Part& part) {
       const uint32_t warp = threadIdx.x / kWarpSize;
-      group = warp % part.groups;
-      tile = warp / part.groups;
-      tiles = kWarps / part.groups;
-      chunk = group * part.chunks / part.groups;
-      end = (group + 1) * part.chunks / part.groups;
+      tile = warp >> part.group_bits;
+      tiles = kWarps >> part.group_bits;
+      group = warp - (tile << part.group_bits);
+      chunk = group * part.chunks >> part.group_bits;
+      end = (group + 1) * part.chunks >> part.group_bits;
     }
   };
 
@@ -104,10 +108,10 @@ class WeightStream {
 
   __device__ __forceinline__ void enter(Product product) {
     product_ = product;
-    part_ = Part::of<kLatent>(args_, routes(), product, blockIdx.x, gridDim.x);
-    const Turn turn(part_);
-    tile_ = turn.tile;
-    chunk_ = turn.chunk;
+    part_ = Part(args_, routes(), product, blockIdx.x);
+    turn_ = Turn(part_);
+    tile_ = turn_.tile;
+    chunk_ = turn_.chunk;
     begin_tile();
   }
 
@@ -182,7 +186,7 @@ class WeightStream {
       case Product::kRouted: {
         const Feed feed(args_, routes());
         const uint32_t column = tile_ * 8 + row;
-        uint32_t slot = (part_.first + column) / feed.n;
+        uint32_t slot = feed.of_n.quotient(part_.first + column);
         const uint32_t of_slot = part_.first + column - slot * feed.n;
         if (product_ == Product::kRouted) slot += feed.shared;
         is_low_ = column < part_.count && feed.is_there(slots_, slot);
@@ -210,7 +214,7 @@ class WeightStream {
   __device__ __forceinline__ void begin_slot() {
     const Feed feed(args_, routes());
     const uint32_t chunks = chunks_of(part_.width);
-    const uint32_t slot = chunk_ / chunks;
+    const uint32_t slot = feed.of_chunks.quotient(chunk_);
     const uint32_t low = tile_ * 16 + threadIdx.x % kWarpSize / 4;
     const bool there = feed.is_there(slots_, slot);
     at_ = (chunk_ - slot * chunks) * kChunk + threadIdx.x % 4 * kVector;
@@ -230,10 +234,9 @@ class WeightStream {
     high_ += kChunk;
     at_ += kChunk;
     ++chunk_;
-    const Turn turn(part_);
-    if (chunk_ == turn.end) {
-      chunk_ = turn.chunk;
-      tile_ += turn.tiles;
+    if (chunk_ == turn_.end) {
+      chunk_ = turn_.chunk;
+      tile_ += turn_.tiles;
       begin_tile();
     } else if (product_ == Product::kDown && at_ - threadIdx.x % 4 * kVector >= part_.width) {
       begin_slot();
@@ -250,6 +253,7 @@ class WeightStream {
   uint32_t layer_ = 0;
   Product product_;
   Part part_;
+  Turn turn_;
   uint32_t tile_;
   uint32_t chunk_;
   const uint16_t* low_;

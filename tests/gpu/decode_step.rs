@@ -170,13 +170,13 @@ fn check(case: &Case, data: &Data, done: &Done) -> Result<bool, String> {
     if expected.margin < 0.04 {
         return Ok(false);
     }
-    // What a layer may be off by adds up.
-    let most = 5e-3 * case.shape.num_layers as f64;
+    // What a layer may be off by adds up; of a few elements, roundings do not average out.
+    let most = |elements: usize| case.shape.num_layers as f64 * if elements < 256 { 2e-2 } else { 5e-3 };
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let near = |got: &[bf16], expected: &[f64]| {
         let error = norm(&mut widen(got).iter().zip(expected).map(|(got, expected)| got - expected));
         let whole = norm(&mut expected.iter().copied());
-        if error <= most * whole { Ok(()) } else { Err(format!("relative error {:e}", error / whole)) }
+        if error <= most(got.len()) * whole { Ok(()) } else { Err(format!("relative error {:e}", error / whole)) }
     };
     near(&done.0, &expected.x).map_err(|error| format!("x: {error}"))?;
     for (at, (layer, caches)) in data.layers.iter().zip(&done.1).enumerate() {
