@@ -50,16 +50,16 @@ struct Heads {
 // Words of a layer's hand-overs, each buffer on 16 bytes. They are used again by the next layer: between two layers,
 // every block has waited for all others twice.
 struct Words {
-  Word* projected;  // rows of the first products, a float each
-  Word* absorbed;   // [heads, key_dim], two bf16 each
-  Word* parts;      // [blocks, 16, value_dim], a float each
-  Word* statistics; // [blocks, 16, 2]: maximum and sum
-  Word* attended;   // [heads, value_dim], two bf16 each
-  Word* expanded;   // [heads, o_dim], two bf16 each
-  Word* attention;  // [d]: what attention adds to the residual stream, a float each
-  Word* logits;     // [E], a float each
-  Word* h;          // [slots, n], two bf16 each
-  Word* experts;    // [d], as attention
+  Word* projected;   // rows of the first products, a float each
+  Word* absorbed;    // [heads, key_dim], two bf16 each
+  Word* parts;       // [blocks, 16, value_dim], a float each
+  Word* statistics;  // [blocks, 16, 2]: maximum and sum
+  Word* attended;    // [heads, value_dim], two bf16 each
+  Word* expanded;    // [heads, o_dim], two bf16 each
+  Word* attention;   // [d]: what attention adds to the residual stream, a float each
+  Word* logits;      // [E], a float each
+  Word* h;           // [slots, n], two bf16 each
+  Word* experts;     // [d], as attention
 };
 
 constexpr uint32_t kProducts = 7;
@@ -101,12 +101,12 @@ struct Args {
   bool ranks_plainly;  // the largest logits are chosen, nothing else
   uint32_t hidden;
   float norm_eps;
-  uint32_t q_dim;         // of a head that is projected
-  uint32_t o_dim;         // of a head that goes into the output product
-  uint32_t intermediate;  // n of an expert
-  uint32_t dense;         // n of a layer without experts
-  uint32_t shared;        // experts that every token visits
-  uint32_t sums_bytes;    // of shared memory
+  uint32_t q_dim;          // of a head that is projected
+  uint32_t o_dim;          // of a head that goes into the output product
+  uint32_t intermediate;   // n of an expert
+  uint32_t dense;          // n of a layer without experts
+  uint32_t shared;         // experts that every token visits
+  uint32_t sums_bytes;     // of shared memory
   Cut cuts[2][kProducts];  // of layers without and with experts
   Divisor of_intermediate;
   Divisor of_intermediate_chunks;
@@ -142,13 +142,13 @@ struct Places {
   uint32_t sums;      // [groups of warps, tiles, 16] floats: of a product's rows
   uint32_t vector;    // the output product's input, or h
   // In the vector's place:
-  uint32_t keys;      // [stages, keys, key pitch]
-  uint32_t values;    // [stages, keys, value pitch]
-  uint32_t query;     // [16 + 2, key pitch] bf16: queries, then the new key and value
-  uint32_t fresh;     // [16 + 2, fresh_dim] floats: new queries, key, value
-  uint32_t norms;     // [2, key_dim] floats: weights of the norms of queries and keys
-  uint32_t scores;    // [parts, 16, keys] floats
-  uint32_t weights;   // [16, keys + 8] bf16
+  uint32_t keys;     // [stages, keys, key pitch]
+  uint32_t values;   // [stages, keys, value pitch]
+  uint32_t query;    // [16 + 2, key pitch] bf16: queries, then the new key and value
+  uint32_t fresh;    // [16 + 2, fresh_dim] floats: new queries, key, value
+  uint32_t norms;    // [2, key_dim] floats: weights of the norms of queries and keys
+  uint32_t scores;   // [parts, 16, keys] floats
+  uint32_t weights;  // [16, keys + 8] bf16
   uint32_t bytes;
 
   template <bool kLatent>

@@ -7,9 +7,9 @@
 #include <cstdint>
 
 #include "common/bf16.cuh"
+#include "common/ring.cuh"
 #include "decode_step/args.cuh"
 #include "decode_step/words.cuh"
-#include "common/ring.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/ldmatrix_trans.cuh"
@@ -19,9 +19,6 @@
 #include "ptx/warpgroup.cuh"
 
 namespace anabranch::decode_step {
-
-// Tiles of keys that a block takes alone rather than share them and wait for a merge.
-constexpr uint32_t kTilesAlone = 3;
 
 struct Angles {
   float cos[kMaxRotated];
@@ -58,10 +55,11 @@ struct AttendPlan {
   bool works;
 
   AttendPlan() = default;
-  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys) : sequence(args), row(row_of_key) {
+  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys, uint32_t alone)
+      : sequence(args), row(row_of_key) {
     tiles = (sequence.keys + keys - 1) / keys;
     const uint32_t most = gridDim.x / args.num_kv_heads;
-    const uint32_t each = tiles <= kTilesAlone ? tiles : (tiles + most - 1) / most;
+    const uint32_t each = tiles <= alone ? tiles : (tiles + most - 1) / most;
     splits = tiles == 0 ? 1 : (tiles + each - 1) / each;
     head = blockIdx.x / splits;
     split = blockIdx.x - head * splits;
@@ -102,6 +100,9 @@ class Attend {
   // Tiles of eight keys that are scored at a time, and parts that a score's elements are cut into.
   static constexpr uint32_t kScored = kKeys / 8;
   static constexpr uint32_t kParts = kWarps / kScored;
+  // Tiles of keys that a block takes alone rather than share them and wait for a merge. Sums of latents are merged
+  // where they are wanted.
+  static constexpr uint32_t kTilesAlone = kLatent ? 1 : 4;
   // Copies that bring a tile, a row each.
   static constexpr uint32_t kCopies = kLatent ? kKeys : 2 * kKeys;
   static_assert(kStages * kCopies <= kThreads);
@@ -111,15 +112,17 @@ class Attend {
  public:
   __device__ __forceinline__ Attend(const Args& args, const Places& places, char* arena, AttendShared& shared)
       : args_(args), a_(args.attention), places_(places), arena_(arena), shared_(shared) {
-    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys);
+    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys, kTilesAlone);
     __syncthreads();
     copied_row_ = 0;
-    copies_ = plan().works && threadIdx.x < kStages * kCopies && row_to_copy(plan().first + threadIdx.x / kCopies, copied_row_);
+    copies_ = plan().works && threadIdx.x < kStages * kCopies &&
+              row_to_copy(plan().first + threadIdx.x / kCopies, copied_row_);
   }
 
   // Once, before the first layer.
   __device__ __forceinline__ void prepare() {
     const float position = static_cast<float>(*args_.position);
+#pragma unroll 1
     for (uint32_t pair = threadIdx.x; pair < args_.heads.pairs; pair += kThreads) {
       const double turns = static_cast<double>(position * args_.heads.frequencies[pair]) * 0.15915494309189535;
       float sin;
@@ -129,6 +132,7 @@ class Attend {
       shared_.angles.sin[pair] = sin * args_.heads.attention_factor;
     }
     if (threadIdx.x == 0) {
+#pragma unroll 1
       for (uint32_t stage = 0; stage < kStages; ++stage) ptx::mbarrier_init(barrier(stage), 1);
       ptx::fence_mbarrier_init();
     }
@@ -153,6 +157,7 @@ class Attend {
       shared_.maximum[threadIdx.x] = -INFINITY;
       shared_.sum[threadIdx.x] = 0.0f;
     }
+#pragma unroll 1
     for (uint32_t tile = plan().first; tile < plan().end; ++tile) {
       const uint32_t stage = (tile - plan().first) % kStages;
       wait(barrier(stage), parity_ >> stage & 1);
@@ -175,14 +180,30 @@ class Attend {
       }
     }
     __syncthreads();
-    if (plan().splits == 1) {
+    if (kLatent || plan().splits > 1) {
+      write_parts(sums, epoch);
+      if constexpr (!kLatent) merge(epoch);
+    } else {
       write(sums, epoch);
-      // What comes next to this place is others' vectors.
-      __syncthreads();
-      return;
     }
-    write_parts(sums, epoch);
-    merge(epoch);
+    // What comes next to this place is others' vectors.
+    __syncthreads();
+  }
+
+  // Attended vectors of some heads, all of one key head, to shared memory. Whole blocks call it, after `run`.
+  __device__ __forceinline__ void receive_sums(uint32_t first, uint32_t heads, uint32_t place, uint32_t pitch,
+                                               uint32_t epoch) {
+    receive_factors(0, first, heads, epoch);
+    const float* const factors = at<float>(places_.keys);
+    const uint32_t half = a_.value_dim / 2;
+#pragma unroll 1
+    for (uint32_t pair = threadIdx.x; pair < heads * half; pair += kThreads) {
+      const uint32_t head = pair / half;
+      const uint32_t element = 2 * (pair - head * half);
+      const float2 sum =
+          sum_parts(args_.words.parts + (first + head) * a_.value_dim + element, factors + head, heads, epoch);
+      *at<uint32_t>(place + (first + head) * pitch + element * 2) = ptx::cvt_bf16x2(sum.x, sum.y);
+    }
   }
 
  private:
@@ -213,7 +234,9 @@ class Attend {
   }
 
   __device__ __forceinline__ uint32_t k_norm_width() const { return kLatent ? a_.value_dim : a_.key_dim; }
-  __device__ __forceinline__ uint32_t norm_place(uint32_t which) const { return places_.norms + which * a_.key_dim * 4; }
+  __device__ __forceinline__ uint32_t norm_place(uint32_t which) const {
+    return places_.norms + which * a_.key_dim * 4;
+  }
   __device__ __forceinline__ const float* norm_of(const float* weight, uint32_t which) const {
     return weight == nullptr ? nullptr : at<float>(norm_place(which));
   }
@@ -251,12 +274,12 @@ class Attend {
     const uint32_t stage = (tile - plan().first) % kStages;
     if (of_tile < kKeys) {
       const uint16_t* const keys = static_cast<const uint16_t*>(layer.k_cache);
-      ptx::bulk_copy(address(key_row(stage, of_tile)), keys + row * a_.key_stride + plan().head * a_.key_dim, a_.key_dim * 2,
-                     barrier(stage));
+      ptx::bulk_copy(address(key_row(stage, of_tile)), keys + row * a_.key_stride + plan().head * a_.key_dim,
+                     a_.key_dim * 2, barrier(stage));
     } else {
       const uint16_t* const values = static_cast<const uint16_t*>(layer.v_cache);
-      ptx::bulk_copy(address(value_row(stage, of_tile - kKeys)), values + row * a_.value_stride + plan().head * a_.value_dim,
-                     a_.value_dim * 2, barrier(stage));
+      ptx::bulk_copy(address(value_row(stage, of_tile - kKeys)),
+                     values + row * a_.value_stride + plan().head * a_.value_dim, a_.value_dim * 2, barrier(stage));
     }
   }
 
@@ -285,9 +308,9 @@ class Attend {
         if (element < rotated) {
           *reinterpret_cast<uint2*>(arena_ + query_row(row) + element * 2) = make_uint2(two.first, two.second);
         } else {
-          *reinterpret_cast<float4*>(fresh + row * Places::fresh_dim<kLatent>(args_) + element - rotated) = make_float4(
-              __uint_as_float(two.first << 16), __uint_as_float(two.first & 0xffff0000u),
-              __uint_as_float(two.second << 16), __uint_as_float(two.second & 0xffff0000u));
+          *reinterpret_cast<float4*>(fresh + row * Places::fresh_dim<kLatent>(args_) + element - rotated) =
+              make_float4(__uint_as_float(two.first << 16), __uint_as_float(two.first & 0xffff0000u),
+                          __uint_as_float(two.second << 16), __uint_as_float(two.second & 0xffff0000u));
         }
         return;
       }
@@ -297,6 +320,7 @@ class Attend {
     };
     constexpr uint32_t kBatch = kLatent ? 5 : 3;
     const uint32_t pairs = of_queries + of_key + of_value;
+#pragma unroll 1
     for (uint32_t base = threadIdx.x; base < pairs; base += kBatch * kThreads) {
       Word a[kBatch];
       Word b[kBatch];
@@ -313,6 +337,7 @@ class Attend {
     }
     // Rows of the tile that are no head's.
     const uint32_t vectors = key_pitch() / 16;
+#pragma unroll 1
     for (uint32_t i = a_.group * vectors + threadIdx.x; i < kRows * vectors; i += kThreads) {
       *at<uint4>(places_.query + i * 16) = uint4{};
     }
@@ -325,6 +350,7 @@ class Attend {
     const uint32_t fresh_dim = Places::fresh_dim<kLatent>(args_);
     const uint32_t row = static_cast<uint32_t>(*args_.cache_row);
     const bool cached = row < a_.num_blocks << a_.block_shift;
+#pragma unroll 1
     for (uint32_t head = warp; head < a_.group; head += kWarps) {
       Fresh from = {at<float>(places_.fresh) + head * fresh_dim, norm_of(layer.q_norm, 0), a_.key_dim, 0.0f};
       if constexpr (kLatent) {
@@ -349,6 +375,7 @@ class Attend {
         uint16_t* const to = at<uint16_t>(query_row(kRows + 1));
         uint16_t* const cache =
             static_cast<uint16_t*>(layer.v_cache) + uint64_t{row} * a_.value_stride + plan().head * a_.value_dim;
+#pragma unroll 1
         for (uint32_t i = lane; i < a_.value_dim; i += kWarpSize) {
           to[i] = float_to_bf16(from[i]);
           if (cached) cache[i] = to[i];
@@ -360,6 +387,7 @@ class Attend {
   __device__ __forceinline__ float norm_scale(const Fresh& head) const {
     if (head.weight == nullptr) return 1.0f;
     float sum = 0.0f;
+#pragma unroll 1
     for (uint32_t i = threadIdx.x % kWarpSize; i < head.width; i += kWarpSize) {
       sum = fmaf(head.from[i], head.from[i], sum);
     }
@@ -377,6 +405,7 @@ class Attend {
       to[base + element] = float_to_bf16(x);
       if (cache != nullptr) cache[base + element] = float_to_bf16(x);
     };
+#pragma unroll 1
     for (uint32_t item = threadIdx.x % kWarpSize; item < end; item += kWarpSize) {
       if (item < heads.pairs) {
         const uint32_t i = first + (heads.interleaved ? 2 * item : item);
@@ -395,11 +424,13 @@ class Attend {
     }
   }
 
-  // The last tile: the new key and value take their rows, and values past the end are zeros, which their weights are too.
+  // The last tile: the new key and value take their rows, and values past the end are zeros, which their weights are
+  // too.
   __device__ __forceinline__ void finish_tile(uint32_t stage, uint32_t tile) {
     const uint32_t last = plan().sequence.keys - 1 - tile * kKeys;
     const auto fill = [&](uint32_t place, uint32_t pitch, uint32_t bytes, uint32_t from) {
       const uint32_t vectors = bytes / 16;
+#pragma unroll 1
       for (uint32_t i = threadIdx.x; i < (kKeys - last) * vectors; i += kThreads) {
         const uint32_t row = i / vectors;
         const uint32_t at_vector = (i - row * vectors) * 16;
@@ -421,6 +452,7 @@ class Attend {
     float c[4] = {};
     const uint32_t q = address(query_row(lane % 16)) + lane / 16 * 16;
     const uint32_t k = address(key_row(stage, keys + lane % 8)) + lane / 8 % 2 * 16;
+#pragma unroll 1
     for (uint32_t step = part * steps / kParts; step < (part + 1) * steps / kParts; ++step) {
       uint32_t a[4];
       uint32_t b[4];
@@ -491,7 +523,7 @@ class Attend {
     for (uint32_t i = 0; i < kSummed; ++i) {
       const uint32_t tile = warp + i * kWarps;
       if (tile * 8 >= a_.value_dim) break;
-      float(&c)[4] = sums[i];
+      float (&c)[4] = sums[i];
       c[0] *= low, c[1] *= low, c[2] *= high, c[3] *= high;
 #pragma unroll
       for (uint32_t keys = 0; keys < kKeys; keys += 32) {
@@ -541,71 +573,80 @@ class Attend {
     }
   }
 
-  // This block's slice of its key head's sums, from all blocks that have a part of them.
-  __device__ __forceinline__ void merge(uint32_t epoch) {
-    const uint32_t warp = threadIdx.x / kWarpSize;
-    const uint32_t lane = threadIdx.x % kWarpSize;
-    const uint32_t block = plan().head * plan().splits;
-    // Factors of parts, [splits, group]; in place of keys, which nobody reads any more.
+  // Factors of parts by rows, [splits, rows], of the blocks from `block` on, in place of keys.
+  __device__ __forceinline__ void receive_factors(uint32_t block, uint32_t first, uint32_t rows, uint32_t epoch) {
     float* const factors = at<float>(places_.keys);
-    float* const totals = factors + plan().splits * a_.group;
-    for (uint32_t i = threadIdx.x; i < plan().splits * a_.group; i += kThreads) {
-      const uint32_t part = i / a_.group;
-      const Two two =
-          receive_two(args_.words.statistics + ((block + part) * kRows + i - part * a_.group) * 2, epoch);
-      factors[i] = __uint_as_float(two.first);
-      totals[i] = __uint_as_float(two.second);
-    }
-    __syncthreads();
-    for (uint32_t row = warp; row < a_.group; row += kWarps) {
+    const uint32_t splits = plan().splits;
+    const uint32_t lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+    for (uint32_t row = threadIdx.x / kWarpSize; row < rows; row += kWarps) {
+      const Word* const words = args_.words.statistics + (block * kRows + first + row) * 2;
       float maximum = -INFINITY;
-      for (uint32_t part = lane; part < plan().splits; part += kWarpSize) {
-        maximum = fmaxf(maximum, factors[part * a_.group + row]);
+#pragma unroll 1
+      for (uint32_t part = lane; part < splits; part += kWarpSize) {
+        const float of_part = __uint_as_float(receive_two(words + part * kRows * 2, epoch).first);
+        factors[part * rows + row] = of_part;
+        maximum = fmaxf(maximum, of_part);
       }
       maximum = warp_max(maximum);
       const float base = maximum == -INFINITY ? 0.0f : maximum;
       float sum = 0.0f;
-      for (uint32_t part = lane; part < plan().splits; part += kWarpSize) {
-        const uint32_t i = part * a_.group + row;
-        const float factor = ptx::ex2_approx(factors[i] - base);
-        sum = fmaf(factor, totals[i], sum);
-        factors[i] = factor;
+#pragma unroll 1
+      for (uint32_t part = lane; part < splits; part += kWarpSize) {
+        const float factor = ptx::ex2_approx(factors[part * rows + row] - base);
+        sum = fmaf(factor, __uint_as_float(receive_two(words + part * kRows * 2, epoch).second), sum);
+        factors[part * rows + row] = factor;
       }
       sum = warp_sum(sum);
       const float reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
-      for (uint32_t part = lane; part < plan().splits; part += kWarpSize) factors[part * a_.group + row] *= reciprocal;
+#pragma unroll 1
+      for (uint32_t part = lane; part < splits; part += kWarpSize) factors[part * rows + row] *= reciprocal;
     }
     __syncthreads();
+  }
+
+  // Two elements' sums over all parts, which are 16 rows apart, by the factors of their row, `rows` apart.
+  __device__ __forceinline__ float2 sum_parts(const Word* words, const float* factors, uint32_t rows,
+                                              uint32_t epoch) const {
+    const uint64_t pitch = uint64_t{kRows} * a_.value_dim;
+    const uint32_t splits = plan().splits;
+    float2 sum = {};
+    constexpr uint32_t kBatch = 5;
+#pragma unroll 1
+    for (uint32_t part = 0; part < splits; part += kBatch) {
+      Word first[kBatch];
+      Word second[kBatch];
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        if (part + i < splits) ptx::ld_relaxed_2(words + (part + i) * pitch, first[i], second[i]);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        if (part + i >= splits) continue;
+        const Two two = received(words + (part + i) * pitch, first[i], second[i], epoch);
+        const float factor = factors[(part + i) * rows];
+        sum.x = fmaf(factor, __uint_as_float(two.first), sum.x);
+        sum.y = fmaf(factor, __uint_as_float(two.second), sum.y);
+      }
+    }
+    return sum;
+  }
+
+  // This block's slice of its key head's sums, from all blocks that have a part of them.
+  __device__ __forceinline__ void merge(uint32_t epoch) {
+    const uint32_t block = plan().head * plan().splits;
+    receive_factors(block, 0, a_.group, epoch);
+    const float* const factors = at<float>(places_.keys);
     const uint32_t half = a_.value_dim / 2;
     const uint32_t pairs = a_.group * half;
     Word* const words = args_.words.attended + plan().head * pairs;
+    const Word* const parts = args_.words.parts + uint64_t{block} * kRows * a_.value_dim;
     const uint32_t end = (plan().split + 1) * pairs / plan().splits;
-    const uint64_t pitch = uint64_t{kRows} * a_.value_dim;
+#pragma unroll 1
     for (uint32_t pair = plan().split * pairs / plan().splits + threadIdx.x; pair < end; pair += kThreads) {
-      const Word* const words_of = args_.words.parts + block * pitch + 2 * pair;
-      const float* const factor = factors + pair / half;
-      float x = 0.0f;
-      float y = 0.0f;
-      constexpr uint32_t kBatch = 4;
-      for (uint32_t part = 0; part < plan().splits; part += kBatch) {
-        Word first[kBatch];
-        Word second[kBatch];
-#pragma unroll
-        for (uint32_t i = 0; i < kBatch; ++i) {
-          if (part + i < plan().splits) ptx::ld_relaxed_2(words_of + (part + i) * pitch, first[i], second[i]);
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kBatch; ++i) {
-          if (part + i >= plan().splits) continue;
-          const Two two = received(words_of + (part + i) * pitch, first[i], second[i], epoch);
-          const float weight = factor[(part + i) * a_.group];
-          x = fmaf(weight, __uint_as_float(two.first), x);
-          y = fmaf(weight, __uint_as_float(two.second), y);
-        }
-      }
-      publish(words + pair, ptx::cvt_bf16x2(x, y), epoch);
+      const float2 sum = sum_parts(parts + 2 * pair, factors + pair / half, a_.group, epoch);
+      publish(words + pair, ptx::cvt_bf16x2(sum.x, sum.y), epoch);
     }
-    __syncthreads();
   }
 
   const Args& args_;

@@ -23,6 +23,17 @@ struct Shared {
   alignas(16) float row[router::warp_words<8>(true)];
 };
 
+// Any rule of a router. Apart, because its code is long and mostly not wanted.
+__device__ __noinline__ void choose_by(const router::Args& router, uint32_t* counts, float* row) {
+  if (router.num_experts <= 64) {
+    router::route_row<2>(router, router.logits, 0, counts, row);
+  } else if (router.num_experts <= 128) {
+    router::route_row<4>(router, router.logits, 0, counts, row);
+  } else {
+    router::route_row<8>(router, router.logits, 0, counts, row);
+  }
+}
+
 template <bool kLatent>
 class Step {
  public:
@@ -150,6 +161,7 @@ class Step {
   __device__ __forceinline__ void publish(Product product, const Part& part) {
     const Feed feed(args_, routes());
     const uint32_t rows = part.tiles * 16;
+#pragma unroll 1
     for (uint32_t base = warp() * kWarpSize; base < rows; base += kThreads) {
       const uint32_t row = base + lane();
       const uint32_t tile = row / 16;
@@ -203,6 +215,7 @@ class Step {
     if (tail == 0 || blockIdx.x != 0) return;
     const uint32_t first = product == Product::kRouted ? feed.shared : 0;
     const uint32_t count = product == Product::kRouted ? feed.routed : feed.shared;
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < count * tail; i += kThreads) {
       const uint32_t slot = i / tail;
       decode_step::publish(args_.words.h + (first + slot) * words + feed.n / 2 + i - slot * tail, 0u, epoch_);
@@ -219,6 +232,7 @@ class Step {
   __device__ __forceinline__ void clear_tails() {
     clear_tail(places_.x, args_.hidden);
     if constexpr (kLatent) {
+#pragma unroll 1
       for (uint32_t head = 0; head < args_.attention.num_heads; ++head) {
         clear_tail(places_.q + head * chunks_of(args_.q_dim) * kChunkBytes, args_.q_dim);
         clear_tail(places_.attended + head * chunks_of(args_.attention.value_dim) * kChunkBytes,
@@ -311,38 +325,30 @@ class Step {
 
   // Projected queries of the heads that the block absorbs.
   __device__ __forceinline__ void receive_queries() {
-    const Part part(args_, true, Product::kAbsorb, blockIdx.x);
+    const Part part(args_, routes(), Product::kAbsorb, blockIdx.x);
     if (part.count == 0) return;
     const uint32_t units = args_.attention.key_dim / 8;
     const uint32_t first = part.first / units;
     const uint32_t heads = (part.first + part.count - 1) / units + 1 - first;
     const uint32_t pitch = chunks_of(args_.q_dim) * kChunkBytes;
     const uint32_t half = args_.q_dim / 2;
-    receive_pairs<2>(args_.words.projected + first * args_.q_dim, threadIdx.x, kThreads, heads * half, epoch_,
-                     [&](uint32_t pair, Two two) {
-                       const uint32_t head = pair / half;
-                       *reinterpret_cast<uint32_t*>(arena_ + places_.q + (first + head) * pitch +
-                                                    (pair - head * half) * 4) =
-                           ptx::cvt_bf16x2(__uint_as_float(two.first), __uint_as_float(two.second));
-                     });
+    receive_pairs<2>(
+        args_.words.projected + first * args_.q_dim, threadIdx.x, kThreads, heads * half, epoch_,
+        [&](uint32_t pair, Two two) {
+          const uint32_t head = pair / half;
+          *reinterpret_cast<uint32_t*>(arena_ + places_.q + (first + head) * pitch + (pair - head * half) * 4) =
+              ptx::cvt_bf16x2(__uint_as_float(two.first), __uint_as_float(two.second));
+        });
   }
 
-  // Attended latents of the heads that the block expands.
+  // Attended latents of the heads that the block expands, of all parts that keys were cut into.
   __device__ __forceinline__ void receive_latents() {
-    const Part part(args_, true, Product::kExpand, blockIdx.x);
+    const Part part(args_, routes(), Product::kExpand, blockIdx.x);
     if (part.count == 0) return;
     const uint32_t units = args_.o_dim / 8;
     const uint32_t first = part.first / units;
     const uint32_t heads = (part.first + part.count - 1) / units + 1 - first;
-    const uint32_t latent = args_.attention.value_dim;
-    const uint32_t pitch = chunks_of(latent) * kChunkBytes;
-    const uint32_t quarter = latent / 4;
-    receive_pairs<4>(args_.words.attended + first * latent / 2, threadIdx.x, kThreads, heads * quarter, epoch_,
-                     [&](uint32_t pair, Two two) {
-                       const uint32_t head = pair / quarter;
-                       *reinterpret_cast<uint2*>(arena_ + places_.attended + (first + head) * pitch +
-                                                 (pair - head * quarter) * 8) = make_uint2(two.first, two.second);
-                     });
+    attend_.receive_sums(first, heads, places_.attended, chunks_of(args_.attention.value_dim) * kChunkBytes, epoch_);
   }
 
   // This thread's part of an expert's row of the gate.
@@ -356,6 +362,7 @@ class Step {
     const uint32_t experts = args_.router.num_experts;
     const bool inside = threadIdx.x < args_.hidden / kVector;
     const uint4 x = inside ? reinterpret_cast<const uint4*>(arena_ + places_.x)[threadIdx.x] : uint4{};
+#pragma unroll 1
     for (uint32_t turn = 0, expert = blockIdx.x; expert < experts; ++turn, expert += gridDim.x) {
       if (turn > 0 && inside) gate = gate_vector(expert);
       float a[kVector];
@@ -370,6 +377,7 @@ class Step {
     }
     __syncthreads();
     if (warp() != 0) return;
+#pragma unroll 1
     for (uint32_t turn = 0, expert = blockIdx.x; expert < experts; ++turn, expert += gridDim.x) {
       const float sum = warp_sum(lane() < kWarps ? shared_.gate[turn][lane()] : 0.0f);
       if (lane() == 0) decode_step::publish(args_.words.logits + expert, sum, epoch_);
@@ -401,6 +409,7 @@ class Step {
   __device__ __forceinline__ void rank() {
     const uint32_t experts = args_.router.num_experts;
     const uint32_t quarter = threadIdx.x % 4;
+#pragma unroll 1
     for (uint32_t base = 0; base < experts; base += kThreads / 4) {
       const uint32_t expert = base + threadIdx.x / 4;
       const float own = expert < experts ? shared_.logits[expert] : 0.0f;
@@ -424,6 +433,7 @@ class Step {
     const router::Args& router = args_.router;
     router::Softmax softmax = {shared_.logits[shared_.slots.expert[0]], 0.0f};
     if (router.score == ANABRANCH_SCORE_SOFTMAX) {
+#pragma unroll 1
       for (uint32_t expert = lane(); expert < router.num_experts; expert += kWarpSize) {
         softmax.sum += router::exp_fast(shared_.logits[expert] - softmax.max);
       }
@@ -437,16 +447,11 @@ class Step {
 
   __device__ __forceinline__ void choose_by_rule() {
     router::Args router = args_.router;
+    router.logits = shared_.logits;
     router.bias = weights().selection_bias;
     router.ids = shared_.slots.expert;
     router.weights = shared_.slots.weight;
-    if (router.num_experts <= 64) {
-      router::route_row<2>(router, shared_.logits, 0, shared_.counts, shared_.row);
-    } else if (router.num_experts <= 128) {
-      router::route_row<4>(router, shared_.logits, 0, shared_.counts, shared_.row);
-    } else {
-      router::route_row<8>(router, shared_.logits, 0, shared_.counts, shared_.row);
-    }
+    choose_by(router, shared_.counts, shared_.row);
   }
 
   // One block writes the residual stream, and what epoch the next launch begins after: by now, every block has read it.

@@ -126,7 +126,8 @@ Args args_of(const AnabranchDecodeShape& shape) {
 uint64_t divide(const AnabranchDecodeShape& shape, uint32_t blocks, void* workspace, Args* args) {
   const uint64_t heads = shape.num_heads;
   const uint64_t slots = routes(shape) ? shape.routing.topk + shape.num_shared : 0;
-  const uint64_t h = std::max<uint64_t>(slots * chunks_of(shape.intermediate_size), chunks_of(shape.dense_size)) * kChunk / 2;
+  const uint64_t h =
+      std::max<uint64_t>(slots * chunks_of(shape.intermediate_size), chunks_of(shape.dense_size)) * kChunk / 2;
   uint64_t at = 32;  // words; the epoch is in the first
   const auto take = [&](uint64_t words) {
     Word* const place = static_cast<Word*>(workspace) + at;
@@ -205,14 +206,14 @@ AnabranchStatus check_layer(const AnabranchDecodeShape& shape, const AnabranchDe
   const bool latent = is_latent(shape);
   if (layer.attention_norm == nullptr || layer.q == nullptr || layer.output == nullptr || layer.k_cache == nullptr ||
       layer.feed_forward_norm == nullptr || layer.gate_up == nullptr || layer.down == nullptr ||
-      (latent ? layer.kv == nullptr || layer.absorb == nullptr || layer.expand == nullptr
-              : layer.v_cache == nullptr)) {
+      (latent ? layer.kv == nullptr || layer.absorb == nullptr || layer.expand == nullptr : layer.v_cache == nullptr)) {
     return ANABRANCH_STATUS_POINTER;
   }
   if (layer.gate != nullptr ? !routes(shape) : shape.dense_size == 0) return ANABRANCH_STATUS_SETTING;
-  for (const void* pointer : {layer.q, layer.kv, layer.absorb, layer.expand, layer.output, layer.gate, layer.gate_up,
-                              layer.down, static_cast<const void*>(layer.k_cache),
-                              static_cast<const void*>(layer.v_cache), static_cast<const void*>(layer.selection_bias)}) {
+  for (const void* pointer :
+       {layer.q, layer.kv, layer.absorb, layer.expand, layer.output, layer.gate, layer.gate_up, layer.down,
+        static_cast<const void*>(layer.k_cache), static_cast<const void*>(layer.v_cache),
+        static_cast<const void*>(layer.selection_bias)}) {
     if (!is_aligned(pointer, 16)) return ANABRANCH_STATUS_ALIGNMENT;
   }
   for (const float* pointer : {layer.attention_norm, layer.q_norm, layer.k_norm, layer.feed_forward_norm}) {
@@ -279,8 +280,8 @@ void bring(const AnabranchDecodeStepParams& params, const Plan& plan, Args& args
 template <bool kLatent>
 AnabranchStatus launch(const Args& args, const Plan& plan, cudaStream_t stream) {
   const auto kernel = decode_step<kLatent>;
-  ANABRANCH_TRY(checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(plan.shared_bytes))));
+  ANABRANCH_TRY(checked(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes))));
   cudaLaunchAttribute cooperative = {};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;

@@ -48,8 +48,8 @@ struct Feed {
 enum class Product : uint32_t { kProject, kAbsorb, kExpand, kOutput, kShared, kRouted, kDown };
 static_assert(static_cast<uint32_t>(Product::kDown) + 1 == kProducts);
 
-// A block's part of a product. Rows come in tiles of twice eight: of most products 16 neighbours, of kShared and kRouted
-// eight columns' rows of the gate and the same of up, of products by head eight rows of one head.
+// A block's part of a product. Rows come in tiles of twice eight: of most products 16 neighbours, of kShared and
+// kRouted eight columns' rows of the gate and the same of up, of products by head eight rows of one head.
 struct Part {
   uint32_t first;  // row, column or, of products by head, group of eight rows
   uint32_t count;  // of them

@@ -30,18 +30,16 @@ class WeightStream {
 
   // Asks for the first steps.
   __device__ __forceinline__ void begin() {
-    for (uint32_t i = 0; i < kDepth; ++i) ask();
+    owed_ = kDepth;
+    fill();
+    // Without a copy, an empty group keeps count.
+    for (uint32_t i = 0; i < owed_; ++i) ptx::cp_async_commit();
   }
 
   // Goes on after a routing that was not known yet, and asks for what could not be asked for since.
   __device__ __forceinline__ void resume() {
     ++known_;
-    uint32_t step = step_ >= owed_ ? step_ - owed_ : step_ + kDepth - owed_;
-    for (; owed_ > 0 && find(); --owed_) {
-      copy(step);
-      ptx::cp_async_commit();
-      step = step == kDepth - 1 ? 0 : step + 1;
-    }
+    fill();
   }
 
   // Sums of the part's rows over this warp's chunks, tile by tile, to sums[warp's group][tile, 16]. `vectors`: address
@@ -50,10 +48,12 @@ class WeightStream {
                                            uint32_t units_a_head, float* sums) {
     const uint32_t lane = threadIdx.x % kWarpSize;
     const Turn turn(part);
+#pragma unroll 1
     for (uint32_t tile = turn.tile; tile < part.tiles; tile += turn.tiles) {
       float c[4] = {};
       uint32_t vector = vectors + turn.chunk * kChunkBytes + lane % 4 * 16;
       if (kLatent && units_a_head != 0) vector += (part.first + tile) / units_a_head * vector_bytes_a_head;
+#pragma unroll 1
       for (uint32_t left = turn.end - turn.chunk; left > 0; --left) {
         ptx::cp_async_wait<kDepth - 1>();
         const uint4 low = ptx::ld_shared_16(ring_ + step_ * kStreamBytes);
@@ -93,13 +93,23 @@ class WeightStream {
     }
   };
 
+  // Asks for what is owed.
+  __device__ __forceinline__ void fill() {
+    uint32_t step = step_ >= owed_ ? step_ - owed_ : step_ + kDepth - owed_;
+#pragma unroll 1
+    for (; owed_ > 0 && find(); --owed_) {
+      copy(step);
+      ptx::cp_async_commit();
+      step = step == kDepth - 1 ? 0 : step + 1;
+    }
+  }
+
   __device__ __forceinline__ void ask() {
     if (find()) {
       copy(step_);
     } else {
       ++owed_;
     }
-    // Without a copy, an empty group keeps count.
     ptx::cp_async_commit();
     step_ = step_ == kDepth - 1 ? 0 : step_ + 1;
   }

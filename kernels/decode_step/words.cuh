@@ -47,10 +47,12 @@ __device__ __forceinline__ Two received(const Word* words, Word a, Word b, uint3
   return there ? Two{static_cast<uint32_t>(a), static_cast<uint32_t>(b)} : receive_two(words, epoch);
 }
 
-// Calls take(i, data of words 2 i and 2 i + 1) for i = first, first + stride, ... below `pairs`, several reads at a time.
+// Calls take(i, data of words 2 i and 2 i + 1) for i = first, first + stride, ... below `pairs`, several reads at a
+// time.
 template <uint32_t kBatch, class Take>
 __device__ __forceinline__ void receive_pairs(const Word* words, uint32_t first, uint32_t stride, uint32_t pairs,
                                               uint32_t epoch, const Take& take) {
+#pragma unroll 1
   for (uint32_t base = first; base < pairs; base += kBatch * stride) {
     Word a[kBatch];
     Word b[kBatch];
