@@ -17,12 +17,14 @@ constexpr uint32_t kThreads = kWarps * kWarpSize;
 constexpr uint32_t kChunk = 32;
 constexpr uint32_t kChunkBytes = kChunk * 2;
 constexpr uint32_t kStreamBytes = 16 * kChunkBytes;
-// Steps of weights that a warp has on their way.
-#ifndef DS_DEPTH
-#define DS_DEPTH 5
-#endif
-constexpr uint32_t kDepth = DS_DEPTH;
-constexpr uint32_t kRingBytes = kWarps * kDepth * kStreamBytes;
+// Steps of weights that a warp has on their way: as many as there is room for. While blocks wait for one another, the
+// next product's weights come.
+__host__ __device__ constexpr uint32_t depth_of(bool latent) {
+  return latent ? 6 : 9;
+}
+__host__ __device__ constexpr uint32_t ring_bytes(bool latent) {
+  return kWarps * depth_of(latent) * kStreamBytes;
+}
 constexpr uint32_t kMaxLayers = ANABRANCH_DECODE_LAYERS;
 // Pairs of the residual stream's elements that a thread keeps in registers.
 constexpr uint32_t kPairs = 4;
@@ -118,7 +120,7 @@ struct Args {
 template <bool kLatent>
 struct TileOf {
   static constexpr uint32_t kKeys = kLatent ? 32 : 64;
-  static constexpr uint32_t kStages = kLatent ? 1 : 2;
+  static constexpr uint32_t kStages = 1;
 };
 
 // A merge's factors and totals of at most so many parts, in place of the keys.
@@ -157,7 +159,7 @@ struct Places {
     const auto up = [](uint32_t bytes) { return (bytes + 127) / 128 * 128; };
     const attention::Args& a = args.attention;
     Places p;
-    p.x = kRingBytes;
+    p.x = ring_bytes(kLatent);
     p.q = p.x + up(chunks_of(args.hidden) * kChunkBytes);
     p.attended = p.q + (kLatent ? up(a.num_heads * chunks_of(args.q_dim) * kChunkBytes) : 0);
     p.sums = p.attended + (kLatent ? up(a.num_heads * chunks_of(a.value_dim) * kChunkBytes) : 0);

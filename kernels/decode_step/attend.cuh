@@ -55,11 +55,11 @@ struct AttendPlan {
   bool works;
 
   AttendPlan() = default;
-  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys, uint32_t alone)
+  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys)
       : sequence(args), row(row_of_key) {
     tiles = (sequence.keys + keys - 1) / keys;
     const uint32_t most = gridDim.x / args.num_kv_heads;
-    const uint32_t each = tiles <= alone ? tiles : (tiles + most - 1) / most;
+    const uint32_t each = (tiles + most - 1) / most;
     splits = tiles == 0 ? 1 : (tiles + each - 1) / each;
     head = blockIdx.x / splits;
     split = blockIdx.x - head * splits;
@@ -100,9 +100,6 @@ class Attend {
   // Tiles of eight keys that are scored at a time, and parts that a score's elements are cut into.
   static constexpr uint32_t kScored = kKeys / 8;
   static constexpr uint32_t kParts = kWarps / kScored;
-  // Tiles of keys that a block takes alone rather than share them and wait for a merge. Sums of latents are merged
-  // where they are wanted.
-  static constexpr uint32_t kTilesAlone = kLatent ? 1 : 4;
   // Copies that bring a tile, a row each.
   static constexpr uint32_t kCopies = kLatent ? kKeys : 2 * kKeys;
   static_assert(kStages * kCopies <= kThreads);
@@ -112,7 +109,7 @@ class Attend {
  public:
   __device__ __forceinline__ Attend(const Args& args, const Places& places, char* arena, AttendShared& shared)
       : args_(args), a_(args.attention), places_(places), arena_(arena), shared_(shared) {
-    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys, kTilesAlone);
+    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys);
     __syncthreads();
     copied_row_ = 0;
     copies_ = plan().works && threadIdx.x < kStages * kCopies &&
@@ -193,16 +190,18 @@ class Attend {
   // Attended vectors of some heads, all of one key head, to shared memory. Whole blocks call it, after `run`.
   __device__ __forceinline__ void receive_sums(uint32_t first, uint32_t heads, uint32_t place, uint32_t pitch,
                                                uint32_t epoch) {
+    const uint32_t half = a_.value_dim / 2;
+    const Word* const words = args_.words.parts + first * a_.value_dim;
+    Parts parts;
+    if (threadIdx.x < heads * half) parts.ask(words + 2 * threadIdx.x, part_pitch(), 0, plan().splits);
     receive_factors(0, first, heads, epoch);
     const float* const factors = at<float>(places_.keys);
-    const uint32_t half = a_.value_dim / 2;
 #pragma unroll 1
     for (uint32_t pair = threadIdx.x; pair < heads * half; pair += kThreads) {
+      if (pair >= kThreads) parts.ask(words + 2 * pair, part_pitch(), 0, plan().splits);
       const uint32_t head = pair / half;
-      const uint32_t element = 2 * (pair - head * half);
-      const float2 sum =
-          sum_parts(args_.words.parts + (first + head) * a_.value_dim + element, factors + head, heads, epoch);
-      *at<uint32_t>(place + (first + head) * pitch + element * 2) = ptx::cvt_bf16x2(sum.x, sum.y);
+      const float2 sum = sum_parts(words + 2 * pair, parts, factors + head, heads, epoch);
+      *at<uint32_t>(place + (first + head) * pitch + (pair - head * half) * 4) = ptx::cvt_bf16x2(sum.x, sum.y);
     }
   }
 
@@ -605,25 +604,33 @@ class Attend {
     __syncthreads();
   }
 
-  // Two elements' sums over all parts, which are 16 rows apart, by the factors of their row, `rows` apart.
-  __device__ __forceinline__ float2 sum_parts(const Word* words, const float* factors, uint32_t rows,
+  // Two elements of some parts, on their way.
+  struct Parts {
+    static constexpr uint32_t kBatch = 4;
+    Word first[kBatch];
+    Word second[kBatch];
+
+    __device__ __forceinline__ void ask(const Word* words, uint64_t pitch, uint32_t part, uint32_t end) {
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        if (part + i < end) ptx::ld_relaxed_2(words + (part + i) * pitch, first[i], second[i]);
+      }
+    }
+  };
+  __device__ __forceinline__ uint64_t part_pitch() const { return uint64_t{kRows} * a_.value_dim; }
+
+  // Two elements' sums over all parts, of which the first are on their way, by the factors of their row, `rows` apart.
+  __device__ __forceinline__ float2 sum_parts(const Word* words, Parts& parts, const float* factors, uint32_t rows,
                                               uint32_t epoch) const {
-    const uint64_t pitch = uint64_t{kRows} * a_.value_dim;
     const uint32_t splits = plan().splits;
     float2 sum = {};
-    constexpr uint32_t kBatch = 5;
 #pragma unroll 1
-    for (uint32_t part = 0; part < splits; part += kBatch) {
-      Word first[kBatch];
-      Word second[kBatch];
+    for (uint32_t part = 0; part < splits; part += Parts::kBatch) {
+      if (part > 0) parts.ask(words, part_pitch(), part, splits);
 #pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        if (part + i < splits) ptx::ld_relaxed_2(words + (part + i) * pitch, first[i], second[i]);
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
+      for (uint32_t i = 0; i < Parts::kBatch; ++i) {
         if (part + i >= splits) continue;
-        const Two two = received(words + (part + i) * pitch, first[i], second[i], epoch);
+        const Two two = received(words + (part + i) * part_pitch(), parts.first[i], parts.second[i], epoch);
         const float factor = factors[(part + i) * rows];
         sum.x = fmaf(factor, __uint_as_float(two.first), sum.x);
         sum.y = fmaf(factor, __uint_as_float(two.second), sum.y);
@@ -635,17 +642,20 @@ class Attend {
   // This block's slice of its key head's sums, from all blocks that have a part of them.
   __device__ __forceinline__ void merge(uint32_t epoch) {
     const uint32_t block = plan().head * plan().splits;
-    receive_factors(block, 0, a_.group, epoch);
-    const float* const factors = at<float>(places_.keys);
     const uint32_t half = a_.value_dim / 2;
     const uint32_t pairs = a_.group * half;
-    Word* const words = args_.words.attended + plan().head * pairs;
-    const Word* const parts = args_.words.parts + uint64_t{block} * kRows * a_.value_dim;
+    const Word* const words = args_.words.parts + block * part_pitch();
+    const uint32_t start = plan().split * pairs / plan().splits + threadIdx.x;
     const uint32_t end = (plan().split + 1) * pairs / plan().splits;
+    Parts parts;
+    if (start < end) parts.ask(words + 2 * start, part_pitch(), 0, plan().splits);
+    receive_factors(block, 0, a_.group, epoch);
+    const float* const factors = at<float>(places_.keys);
 #pragma unroll 1
-    for (uint32_t pair = plan().split * pairs / plan().splits + threadIdx.x; pair < end; pair += kThreads) {
-      const float2 sum = sum_parts(parts + 2 * pair, factors + pair / half, a_.group, epoch);
-      publish(words + pair, ptx::cvt_bf16x2(sum.x, sum.y), epoch);
+    for (uint32_t pair = start; pair < end; pair += kThreads) {
+      if (pair > start) parts.ask(words + 2 * pair, part_pitch(), 0, plan().splits);
+      const float2 sum = sum_parts(words + 2 * pair, parts, factors + pair / half, a_.group, epoch);
+      publish(args_.words.attended + plan().head * pairs + pair, ptx::cvt_bf16x2(sum.x, sum.y), epoch);
     }
   }
 

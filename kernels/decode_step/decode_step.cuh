@@ -43,7 +43,7 @@ class Step {
         arena_(arena),
         shared_(shared),
         attend_(args, places, arena, shared.attend),
-        stream_(args, shared.slots, address(threadIdx.x / kWarpSize * kDepth * kStreamBytes)) {}
+        stream_(args, shared.slots, address(threadIdx.x / kWarpSize * depth_of(kLatent) * kStreamBytes)) {}
 
   __device__ __forceinline__ void run() {
     stream_.begin();
@@ -405,26 +405,27 @@ class Step {
     if (!odd && args_.ranks_plainly && warp() == 0) weigh();
   }
 
-  // An expert's place is the number of those before it, which four threads count.
+  // An expert's place is the number of those before it, which a warp counts, with some of the logits in each lane.
   __device__ __forceinline__ void rank() {
     const uint32_t experts = args_.router.num_experts;
-    const uint32_t quarter = threadIdx.x % 4;
+    constexpr uint32_t kHeld = kMaxExperts / kWarpSize;
+    float held[kHeld];
+#pragma unroll
+    for (uint32_t i = 0; i < kHeld; ++i) {
+      const uint32_t other = lane() + i * kWarpSize;
+      held[i] = other < experts ? shared_.logits[other] : -INFINITY;
+    }
 #pragma unroll 1
-    for (uint32_t base = 0; base < experts; base += kThreads / 4) {
-      const uint32_t expert = base + threadIdx.x / 4;
-      const float own = expert < experts ? shared_.logits[expert] : 0.0f;
+    for (uint32_t expert = warp(); expert < experts; expert += kWarps) {
+      const float own = shared_.logits[expert];
       uint32_t before = 0;
-#pragma unroll 4
-      for (uint32_t other = 2 * quarter; other < experts; other += 8) {
-        const float2 two = *reinterpret_cast<const float2*>(shared_.logits + other);
-        before += two.x > own || (two.x == own && other < expert);
-        before += two.y > own || (two.y == own && other + 1 < expert);
+#pragma unroll
+      for (uint32_t i = 0; i < kHeld; ++i) {
+        if (i * kWarpSize >= experts) break;
+        before += held[i] > own || (held[i] == own && lane() + i * kWarpSize < expert);
       }
-      before += __shfl_xor_sync(kFullWarp, before, 1);
-      before += __shfl_xor_sync(kFullWarp, before, 2);
-      if (quarter == 0 && expert < experts && before < args_.router.topk) {
-        shared_.slots.expert[before] = static_cast<int32_t>(expert);
-      }
+      before = __reduce_add_sync(kFullWarp, before);
+      if (lane() == 0 && before < args_.router.topk) shared_.slots.expert[before] = static_cast<int32_t>(expert);
     }
   }
 

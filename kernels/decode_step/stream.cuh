@@ -17,6 +17,8 @@ namespace anabranch::decode_step {
 
 template <bool kLatent>
 class WeightStream {
+  static constexpr uint32_t kDepth = depth_of(kLatent);
+
  public:
   // `ring`: address of kDepth steps of shared memory that are the warp's own.
   __device__ __forceinline__ WeightStream(const Args& args, const Slots& slots, uint32_t ring)
