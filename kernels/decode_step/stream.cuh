@@ -34,8 +34,6 @@ class WeightStream {
   __device__ __forceinline__ void begin() {
     owed_ = kDepth;
     fill();
-    // Without a copy, an empty group keeps count.
-    for (uint32_t i = 0; i < owed_; ++i) ptx::cp_async_commit();
   }
 
   // Goes on after a routing that was not known yet, and asks for what could not be asked for since.
@@ -104,6 +102,9 @@ class WeightStream {
       ptx::cp_async_commit();
       step = step == kDepth - 1 ? 0 : step + 1;
     }
+    // Without a copy, an empty group keeps count.
+#pragma unroll 1
+    for (uint32_t i = 0; i < owed_; ++i) ptx::cp_async_commit();
   }
 
   __device__ __forceinline__ void ask() {
