@@ -11,7 +11,8 @@
 
 namespace anabranch::decode_step {
 
-constexpr uint32_t kWarps = 16;
+// Few, because all of them do what little there is to do between products.
+constexpr uint32_t kWarps = 8;
 constexpr uint32_t kThreads = kWarps * kWarpSize;
 // Elements of a row that a step of weights has, of each of 16 rows.
 constexpr uint32_t kChunk = 32;
@@ -27,7 +28,7 @@ __host__ __device__ constexpr uint32_t ring_bytes(bool latent) {
 }
 constexpr uint32_t kMaxLayers = ANABRANCH_DECODE_LAYERS;
 // Pairs of the residual stream's elements that a thread keeps in registers.
-constexpr uint32_t kPairs = 4;
+constexpr uint32_t kPairs = 8;
 constexpr uint32_t kMaxHidden = 2 * kPairs * kThreads;
 // Slots of a token: routed and shared experts.
 constexpr uint32_t kMaxSlots = 32;
@@ -120,7 +121,7 @@ struct Args {
 template <bool kLatent>
 struct TileOf {
   static constexpr uint32_t kKeys = kLatent ? 32 : 64;
-  static constexpr uint32_t kStages = 1;
+  static constexpr uint32_t kStages = kLatent ? 1 : 2;
 };
 
 // A merge's factors and totals of at most so many parts, in place of the keys.

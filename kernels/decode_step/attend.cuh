@@ -55,11 +55,12 @@ struct AttendPlan {
   bool works;
 
   AttendPlan() = default;
-  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys)
+  __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys, bool merges_anyway)
       : sequence(args), row(row_of_key) {
     tiles = (sequence.keys + keys - 1) / keys;
     const uint32_t most = gridDim.x / args.num_kv_heads;
-    const uint32_t each = (tiles + most - 1) / most;
+    // Two tiles take no longer than a merge.
+    const uint32_t each = tiles <= 2 && !merges_anyway ? tiles : (tiles + most - 1) / most;
     splits = tiles == 0 ? 1 : (tiles + each - 1) / each;
     head = blockIdx.x / splits;
     split = blockIdx.x - head * splits;
@@ -109,7 +110,7 @@ class Attend {
  public:
   __device__ __forceinline__ Attend(const Args& args, const Places& places, char* arena, AttendShared& shared)
       : args_(args), a_(args.attention), places_(places), arena_(arena), shared_(shared) {
-    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys);
+    if (threadIdx.x == 0) shared_.plan = AttendPlan(a_, static_cast<uint32_t>(*args_.cache_row), kKeys, kLatent);
     __syncthreads();
     copied_row_ = 0;
     copies_ = plan().works && threadIdx.x < kStages * kCopies &&
@@ -467,9 +468,12 @@ class Attend {
 
   // Weights of a tile's keys, a warp a row.
   __device__ __forceinline__ void weigh(uint32_t tile) {
-    const uint32_t row = threadIdx.x / kWarpSize;
+#pragma unroll 1
+    for (uint32_t row = threadIdx.x / kWarpSize; row < kRows; row += kWarps) weigh_row(tile, row);
+  }
+
+  __device__ __forceinline__ void weigh_row(uint32_t tile, uint32_t row) {
     const uint32_t lane = threadIdx.x % kWarpSize;
-    if (row >= kRows) return;
     constexpr uint32_t kEach = kKeys / kWarpSize;
     uint16_t* const weights = at<uint16_t>(places_.weights) + row * (kKeys + 8);
     if (row >= a_.group) {

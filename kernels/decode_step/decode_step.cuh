@@ -51,6 +51,9 @@ class Step {
     attend_.prepare();
     read();
     clear_tails();
+    // After the last expert there is nobody.
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < kMaxExperts; i += kThreads) shared_.logits[i] = -INFINITY;
     layer_ = 0;
     epoch_ = before + 1;
     // One place for all products: what is written once stays in the instruction cache.
@@ -116,9 +119,9 @@ class Step {
         const bool begins = product == Product::kProject;
         const Word* const words = !begins ? args_.words.attention : layer_ == 0 ? nullptr : args_.words.experts;
         // On its way while the norm waits.
-        uint4 gate = {};
+        GateRow gate;
         const bool judges = !begins && routes() && blockIdx.x < args_.router.num_experts;
-        if (judges && threadIdx.x < args_.hidden / kVector) gate = gate_vector(blockIdx.x);
+        if (judges) gate.read(*this, blockIdx.x);
         norm(words, begins ? epoch_ - 1 : epoch_, begins);
         if (judges) judge(gate);
         return;
@@ -352,26 +355,39 @@ class Step {
   }
 
   // This thread's part of an expert's row of the gate.
-  __device__ __forceinline__ uint4 gate_vector(uint32_t expert) const {
-    static_assert(kMaxHidden <= kVector * kThreads);
-    return static_cast<const uint4*>(weights().gate)[uint64_t{expert} * (args_.hidden / kVector) + threadIdx.x];
-  }
+  struct GateRow {
+    static constexpr uint32_t kVectors = kMaxHidden / kVector / kThreads;
+    uint4 held[kVectors];
+
+    __device__ __forceinline__ void read(const Step& step, uint32_t expert) {
+      const uint32_t vectors = step.args_.hidden / kVector;
+      const uint4* const row = static_cast<const uint4*>(step.weights().gate) + uint64_t{expert} * vectors;
+#pragma unroll
+      for (uint32_t i = 0; i < kVectors; ++i) {
+        const uint32_t at = threadIdx.x + i * kThreads;
+        held[i] = at < vectors ? row[at] : uint4{};
+      }
+    }
+  };
 
   // The gate's rows are spread over all blocks, which multiply the shared experts' before they look at the logits.
-  __device__ __forceinline__ void judge(uint4 gate) {
+  __device__ __forceinline__ void judge(GateRow& gate) {
     const uint32_t experts = args_.router.num_experts;
-    const bool inside = threadIdx.x < args_.hidden / kVector;
-    const uint4 x = inside ? reinterpret_cast<const uint4*>(arena_ + places_.x)[threadIdx.x] : uint4{};
+    const uint4* const x = reinterpret_cast<const uint4*>(arena_ + places_.x);
 #pragma unroll 1
     for (uint32_t turn = 0, expert = blockIdx.x; expert < experts; ++turn, expert += gridDim.x) {
-      if (turn > 0 && inside) gate = gate_vector(expert);
-      float a[kVector];
-      float b[kVector];
-      unpack(a, gate);
-      unpack(b, x);
+      if (turn > 0) gate.read(*this, expert);
       float sum = 0.0f;
 #pragma unroll
-      for (uint32_t i = 0; i < kVector; ++i) sum = fmaf(a[i], b[i], sum);
+      for (uint32_t i = 0; i < GateRow::kVectors; ++i) {
+        const uint32_t at = threadIdx.x + i * kThreads;
+        float a[kVector];
+        float b[kVector];
+        unpack(a, gate.held[i]);
+        unpack(b, at < args_.hidden / kVector ? x[at] : uint4{});
+#pragma unroll
+        for (uint32_t j = 0; j < kVector; ++j) sum = fmaf(a[j], b[j], sum);
+      }
       sum = warp_sum(sum);
       if (lane() == 0) shared_.gate[turn][warp()] = sum;
     }
@@ -405,28 +421,25 @@ class Step {
     if (!odd && args_.ranks_plainly && warp() == 0) weigh();
   }
 
-  // An expert's place is the number of those before it, which a warp counts, with some of the logits in each lane.
+  // An expert's place is the number of those before it, which some threads count together.
   __device__ __forceinline__ void rank() {
+    static_assert(kThreads >= kMaxExperts);
     const uint32_t experts = args_.router.num_experts;
-    constexpr uint32_t kHeld = kMaxExperts / kWarpSize;
-    float held[kHeld];
-#pragma unroll
-    for (uint32_t i = 0; i < kHeld; ++i) {
-      const uint32_t other = lane() + i * kWarpSize;
-      held[i] = other < experts ? shared_.logits[other] : -INFINITY;
+    const uint32_t bits = experts <= kThreads / 4 ? 2 : experts <= kThreads / 2 ? 1 : 0;
+    const uint32_t expert = threadIdx.x >> bits;
+    const float own = shared_.logits[expert];
+    uint32_t before = 0;
+#pragma unroll 2
+    for (uint32_t other = (threadIdx.x & ((1u << bits) - 1)) * 4; other < experts; other += 4u << bits) {
+      const float4 four = *reinterpret_cast<const float4*>(shared_.logits + other);
+      before += four.x > own || (four.x == own && other < expert);
+      before += four.y > own || (four.y == own && other + 1 < expert);
+      before += four.z > own || (four.z == own && other + 2 < expert);
+      before += four.w > own || (four.w == own && other + 3 < expert);
     }
-#pragma unroll 1
-    for (uint32_t expert = warp(); expert < experts; expert += kWarps) {
-      const float own = shared_.logits[expert];
-      uint32_t before = 0;
-#pragma unroll
-      for (uint32_t i = 0; i < kHeld; ++i) {
-        if (i * kWarpSize >= experts) break;
-        before += held[i] > own || (held[i] == own && lane() + i * kWarpSize < expert);
-      }
-      before = __reduce_add_sync(kFullWarp, before);
-      if (lane() == 0 && before < args_.router.topk) shared_.slots.expert[before] = static_cast<int32_t>(expert);
-    }
+    if (bits > 0) before += __shfl_xor_sync(kFullWarp, before, 1);
+    if (bits > 1) before += __shfl_xor_sync(kFullWarp, before, 2);
+    if (expert < experts && before < args_.router.topk) shared_.slots.expert[before] = static_cast<int32_t>(expert);
   }
 
   // The weights of the chosen, as the router's kernel has them.

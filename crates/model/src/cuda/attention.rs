@@ -166,7 +166,7 @@ impl CudaAttention {
     }
 
     /// What a step of all layers wants to know: what makes heads, the output projection, and the widths of the cache's rows.
-    pub(super) fn of_step(&self) -> Result<(DecodeProjections<'_>, View<'_, bf16>, [usize; 2])> {
+    pub(super) fn of_step(&self) -> (DecodeProjections<'_>, View<'_, bf16>, [usize; 2]) {
         let (projections, widths) = match &self.kind {
             Kind::Grouped(grouped) => {
                 let AttentionShape { num_kv_heads, key_dim, value_dim, .. } = grouped.shape;
@@ -185,7 +185,7 @@ impl CudaAttention {
                 (projections, [latent.shape.key_dim, 0])
             }
         };
-        Ok((projections, self.output.weight(), widths))
+        (projections, self.output.weight(), widths)
     }
 
     /// From the residual stream to `delta`.

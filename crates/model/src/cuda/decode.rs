@@ -19,6 +19,12 @@ use crate::{
     config::{Attention, FeedForward, QkNorm},
 };
 
+/// Bytes of weights that a token reads in a layer, up to which one launch for all layers is faster than one for each step: where reading
+/// takes longer, what lies between counts for less, and blocks that share memory unevenly wait longer for one another.
+const MOST_BYTES: usize = 256 << 20;
+/// Contexts up to which it is, of heads that are cached as they are and of latents: beyond, the attention of its own is faster.
+const MOST_CONTEXT: [usize; 2] = [512, 2048];
+
 /// A model as the kernel sees it, if all of it is of a kind that it knows.
 fn shape(config: &Config) -> Option<DecodeShape> {
     let whole = |width: usize| pad(width) == width;
@@ -62,7 +68,7 @@ fn shape(config: &Config) -> Option<DecodeShape> {
         return None;
     }
     let dense = config.layers.contains(&FeedForward::Dense);
-    Some(DecodeShape {
+    let shape = DecodeShape {
         num_layers: config.layers.len(),
         hidden_size: config.hidden_size,
         norm_eps: config.rms_norm_eps,
@@ -74,7 +80,19 @@ fn shape(config: &Config) -> Option<DecodeShape> {
         num_shared: experts.map_or(0, |experts| experts.shape.num_shared),
         intermediate_size: experts.map_or(0, |experts| experts.shape.intermediate_size),
         dense_size: if dense { pad(config.intermediate_size) } else { 0 },
-    })
+    };
+    (bytes(&shape) <= MOST_BYTES).then_some(shape)
+}
+
+/// Bytes of weights that a token reads in the layer that has most.
+fn bytes(shape: &DecodeShape) -> usize {
+    let AttentionShape { num_heads, num_kv_heads, key_dim, value_dim, .. } = shape.attention;
+    let heads = match shape.latent {
+        Some([q_dim, o_dim]) => num_heads * (q_dim + o_dim) + key_dim,
+        None => (num_heads + 2 * num_kv_heads) * key_dim + num_heads * value_dim,
+    };
+    let slots = shape.routing.map_or(0, |routing| routing.topk() + shape.num_shared);
+    2 * shape.hidden_size * (heads + 3 * (slots * shape.intermediate_size).max(shape.dense_size))
 }
 
 /// The step of a model, where there is one.
@@ -88,7 +106,9 @@ pub(super) fn step(gpu: &Gpu, config: &Config) -> Result<Option<DecodeStep>> {
 /// Runs all blocks, if the pass is of one token and the model has a step: true if it did.
 pub(super) fn run(gpu: &Gpu, blocks: &[Block<Cuda>], cache: &mut CudaCache) -> Result<bool> {
     let CudaCache { layers, rope, batch, work, step, .. } = cache;
-    let Some(step) = step.as_mut().filter(|_| batch.tokens == 1) else { return Ok(false) };
+    let most = MOST_CONTEXT[usize::from(batch.heads.is_some())];
+    let is_short = batch.tokens == 1 && batch.max_kv_len() <= most;
+    let Some(step) = step.as_mut().filter(|_| is_short) else { return Ok(false) };
     let rows = batch.cache_rows;
     let pairs = blocks.iter().zip(layers);
     let mut layers = pairs.map(|(block, cache)| layer(block, cache, rows)).collect::<Result<Vec<_>>>()?;
@@ -107,7 +127,7 @@ pub(super) fn run(gpu: &Gpu, blocks: &[Block<Cuda>], cache: &mut CudaCache) -> R
 }
 
 fn layer<'a>(block: &'a Block<Cuda>, cache: &'a mut LayerCache, rows: usize) -> Result<DecodeLayer<'a>> {
-    let (projections, output, [key_width, value_width]) = block.attention.of_step()?;
+    let (projections, output, [key_width, value_width]) = block.attention.of_step();
     let (router, gate_up, down) = block.feed_forward.of_step();
     Ok(DecodeLayer {
         attention_norm: block.attention_norm.weight(),
