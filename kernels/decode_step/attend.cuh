@@ -506,6 +506,8 @@ class Attend {
       weights[lane + i * kWarpSize] = float_to_bf16(weight);
     }
     sum = warp_sum(sum);
+    // All lanes have read the maximum.
+    __syncwarp();
     if (lane == 0) {
       const float correction = ptx::ex2_approx(before - base);
       shared_.maximum[row] = maximum;
