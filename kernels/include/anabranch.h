@@ -759,7 +759,7 @@ typedef struct AnabranchDecodeLayer {
 typedef struct AnabranchDecodeShape {
   // At most ANABRANCH_DECODE_LAYERS.
   uint32_t num_layers;
-  // d, a multiple of 8, at most 6144.
+  // d, a multiple of 8, at most 4096.
   uint32_t hidden_size;
   float norm_eps;
   // H and G; H is at most 16 G. Latent: G = 1.
