@@ -144,6 +144,20 @@ launcher!(
     settings |params| routing(&params.shape.routing).map(drop)
 );
 
+launcher!(
+    anabranch_decode_step(AnabranchDecodeStepParams),
+    needs [
+        layers: 8, position: 4, cache_row: 4, kv_length: 4, table_start: 4, block_table: 4, x: 16, workspace: 256
+    ],
+    may [frequencies: 4],
+    settings |params| decode_routing(&params.shape)
+);
+
+/// The rule of a model whose layers have experts.
+fn decode_routing(shape: &sys::AnabranchDecodeShape) -> Result<(), Refusal> {
+    if shape.routing.num_experts == 0 { Ok(()) } else { routing(&shape.routing).map(drop) }
+}
+
 /// A query: host pointers that must be given, and what validates the settings, which need not be quick here.
 macro_rules! query {
     (
@@ -186,6 +200,12 @@ query!(anabranch_argmax_workspace(num_rows: u64, vocab_size: u64, bytes: *mut u6
 query!(
     anabranch_attention_workspace(params: *const sys::AnabranchAttentionParams, bytes: *mut u64),
     needs [params, bytes]
+);
+query!(
+    anabranch_decode_step_takes(shape: *const sys::AnabranchDecodeShape, takes: *mut u32, bytes: *mut u64),
+    needs [shape, takes, bytes],
+    // SAFETY: checked just before.
+    settings decode_routing(unsafe { &*shape })
 );
 query!(
     anabranch_moe_plan(shape: *const AnabranchMoeShape, num_tokens: u64, plan: *mut AnabranchMoePlan),
