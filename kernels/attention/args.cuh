@@ -47,32 +47,45 @@ struct Args {
 // Every tile of keys begins at a multiple of its size, which divides this and thus a block: it lies within one.
 constexpr uint32_t kLeastBlock = 64;
 
-// One sequence. Whatever the device's numbers say, nothing outside of q, out, the tables and the cache is touched.
-struct Sequence {
+// Whatever the device's numbers say, nothing outside of q, out, the tables and the cache is touched.
+struct SequenceQueries {
   uint32_t first_token;
   uint32_t queries;
+
+  __device__ __forceinline__ SequenceQueries(const Args& args, uint32_t index) {
+    first_token = min(args.q_offsets[index], args.num_tokens);
+    const uint32_t end = min(args.q_offsets[index + 1], args.num_tokens);
+    queries = end > first_token ? end - first_token : 0;
+  }
+};
+
+struct SequenceKeys {
   uint32_t keys;
   // Its table.
   uint32_t table;
 
-  __device__ __forceinline__ Sequence(const Args& args, uint32_t index) {
-    first_token = min(args.q_offsets[index], args.num_tokens);
-    const uint32_t end = min(args.q_offsets[index + 1], args.num_tokens);
-    queries = end > first_token ? end - first_token : 0;
+  SequenceKeys() = default;
+  __device__ __forceinline__ SequenceKeys(const Args& args, uint32_t index) {
     table = min(args.table_starts[index], args.table_len);
     const uint64_t held = static_cast<uint64_t>(args.table_len - table) << args.block_shift;
     const uint32_t most = held < INT32_MAX ? static_cast<uint32_t>(held) : INT32_MAX;
     keys = min(args.kv_lengths[index], most);
   }
 
-  // How many keys query i sees: those of positions below this.
-  __device__ __forceinline__ int visible(uint32_t query) const {
-    return static_cast<int>(keys) - static_cast<int>(queries) + static_cast<int>(query) + 1;
-  }
-
   // The block of a position below `keys`.
   __device__ __forceinline__ uint32_t block(const Args& args, uint32_t position) const {
     return args.block_table[table + (position >> args.block_shift)];
+  }
+};
+
+// One sequence.
+struct Sequence : SequenceQueries, SequenceKeys {
+  __device__ __forceinline__ Sequence(const Args& args, uint32_t index)
+      : SequenceQueries(args, index), SequenceKeys(args, index) {}
+
+  // How many keys query i sees: those of positions below this.
+  __device__ __forceinline__ int visible(uint32_t query) const {
+    return static_cast<int>(keys) - static_cast<int>(queries) + static_cast<int>(query) + 1;
   }
 };
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "block/norm.cuh"
 #include "common/bf16.cuh"
+#include "common/norm.cuh"
 #include "common/warp.cuh"
 #include "ptx/grid_dependency.cuh"
 

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "block/norm.cuh"
 #include "common/bf16.cuh"
+#include "common/norm.cuh"
+#include "common/turn.cuh"
 #include "common/warp.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/prefetch.cuh"
@@ -67,15 +68,11 @@ __host__ __device__ constexpr uint32_t pairs_of_item(bool interleaved) {
   return interleaved ? kVector / 2 : kVector;
 }
 
-// cos and sin of an angle that is a float: the product of position and frequency is rounded as the reference rounds it.
-// Turns are counted in float64, because at position 100,000 a float32 reduction would lose the fraction, and sincospif
-// takes no slow path.
 __device__ __forceinline__ void fill_angles(Angles& angles, const RopeArgs& args, float position) {
   for (uint32_t pair = threadIdx.x; pair < args.pairs; pair += blockDim.x) {
-    const double turns = static_cast<double>(position * args.frequencies[pair]) * 0.15915494309189535;
     float sin;
     float cos;
-    sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sin, &cos);
+    cos_sin(position * args.frequencies[pair], cos, sin);
     angles.cos[pair] = cos * args.attention_factor;
     angles.sin[pair] = sin * args.attention_factor;
   }
@@ -84,12 +81,6 @@ __device__ __forceinline__ void fill_angles(Angles& angles, const RopeArgs& args
 // NaN stays NaN.
 __device__ __forceinline__ float clamped(float x, float clip) {
   return x > clip ? clip : x < -clip ? -clip : x;
-}
-
-__device__ __forceinline__ void turn(float& a, float& b, float cos, float sin) {
-  const float turned = a * cos - b * sin;
-  b = b * cos + a * sin;
-  a = turned;
 }
 
 // A vector of a head's elements as they are.

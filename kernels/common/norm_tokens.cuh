@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/bf16.cuh"
+#include "common/norm.cuh"
 #include "common/warp.cuh"
 
 namespace anabranch {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void norm_tokens(const NormTokens& args, uint4* out, 
   if (inside) {
     sum = 0.0f;
     for (uint32_t i = 0; i < warps; ++i) sum += partial[token * warps + i];
-    const float scale = 1.0f / sqrtf(sum / args.width + args.eps);
+    const float scale = norm_scale(sum, args.width, args.eps);
     for (uint32_t at = member; at < args.vectors; at += threads) {
       float a[kVector];
       unpack(a, row[at]);

@@ -7,8 +7,11 @@
 #include <cstdint>
 
 #include "common/bf16.cuh"
+#include "common/norm.cuh"
 #include "common/ring.cuh"
+#include "common/turn.cuh"
 #include "decode_step/args.cuh"
+#include "decode_step/parts.cuh"
 #include "decode_step/words.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -25,26 +28,9 @@ struct Angles {
   float sin[kMaxRotated];
 };
 
-// The sequence, of which nothing outside of the table and the cache is touched, whatever the device's numbers say.
-struct OneSequence {
-  uint32_t keys;
-  uint32_t table;
-
-  OneSequence() = default;
-  __device__ __forceinline__ explicit OneSequence(const attention::Args& args) {
-    table = min(*args.table_starts, args.table_len);
-    const uint64_t held = static_cast<uint64_t>(args.table_len - table) << args.block_shift;
-    keys = static_cast<uint32_t>(min(static_cast<uint64_t>(*args.kv_lengths), min(held, uint64_t{INT32_MAX})));
-  }
-
-  __device__ __forceinline__ uint32_t block(const attention::Args& args, uint32_t position) const {
-    return args.block_table[table + (position >> args.block_shift)];
-  }
-};
-
 // A block's part of the attention: a key head, and some tiles of its keys.
 struct AttendPlan {
-  OneSequence sequence;
+  attention::SequenceKeys sequence;
   uint32_t tiles;   // of all keys,
   uint32_t splits;  // which so many blocks share
   uint32_t head;
@@ -56,7 +42,7 @@ struct AttendPlan {
 
   AttendPlan() = default;
   __device__ AttendPlan(const attention::Args& args, uint32_t row_of_key, uint32_t keys, bool merges_anyway)
-      : sequence(args), row(row_of_key) {
+      : sequence(args, 0), row(row_of_key) {
     tiles = (sequence.keys + keys - 1) / keys;
     const uint32_t most = gridDim.x / args.num_kv_heads;
     // Two tiles take no longer than a merge.
@@ -122,10 +108,9 @@ class Attend {
     const float position = static_cast<float>(*args_.position);
 #pragma unroll 1
     for (uint32_t pair = threadIdx.x; pair < args_.heads.pairs; pair += kThreads) {
-      const double turns = static_cast<double>(position * args_.heads.frequencies[pair]) * 0.15915494309189535;
       float sin;
       float cos;
-      sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sin, &cos);
+      cos_sin(position * args_.heads.frequencies[pair], cos, sin);
       shared_.angles.cos[pair] = cos * args_.heads.attention_factor;
       shared_.angles.sin[pair] = sin * args_.heads.attention_factor;
     }
@@ -191,17 +176,17 @@ class Attend {
   // Attended vectors of some heads, all of one key head, to shared memory. Whole blocks call it, after `run`.
   __device__ __forceinline__ void receive_sums(uint32_t first, uint32_t heads, uint32_t place, uint32_t pitch,
                                                uint32_t epoch) {
+    const Parts parts = this->parts(epoch);
     const uint32_t half = a_.value_dim / 2;
     const Word* const words = args_.words.parts + first * a_.value_dim;
-    Parts parts;
-    if (threadIdx.x < heads * half) parts.ask(words + 2 * threadIdx.x, part_pitch(), 0, plan().splits);
-    receive_factors(0, first, heads, epoch);
-    const float* const factors = at<float>(places_.keys);
+    Parts::Batch batch;
+    if (threadIdx.x < heads * half) parts.ask(batch, words + 2 * threadIdx.x, 0);
+    parts.receive_factors(0, first, heads);
 #pragma unroll 1
     for (uint32_t pair = threadIdx.x; pair < heads * half; pair += kThreads) {
-      if (pair >= kThreads) parts.ask(words + 2 * pair, part_pitch(), 0, plan().splits);
+      if (pair >= kThreads) parts.ask(batch, words + 2 * pair, 0);
       const uint32_t head = pair / half;
-      const float2 sum = sum_parts(words + 2 * pair, parts, factors + head, heads, epoch);
+      const float2 sum = parts.sum(batch, words + 2 * pair, head, heads);
       *at<uint32_t>(place + (first + head) * pitch + (pair - head * half) * 4) = ptx::cvt_bf16x2(sum.x, sum.y);
     }
   }
@@ -318,23 +303,7 @@ class Attend {
       float* const to = kLatent ? fresh_key() + 2 * (pair - of_queries) : fresh + 2 * pair;
       *reinterpret_cast<float2*>(to) = make_float2(__uint_as_float(two.first), __uint_as_float(two.second));
     };
-    constexpr uint32_t kBatch = kLatent ? 5 : 3;
-    const uint32_t pairs = of_queries + of_key + of_value;
-#pragma unroll 1
-    for (uint32_t base = threadIdx.x; base < pairs; base += kBatch * kThreads) {
-      Word a[kBatch];
-      Word b[kBatch];
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        const uint32_t pair = base + i * kThreads;
-        if (pair < pairs) ptx::ld_relaxed_2(words_of(pair), a[i], b[i]);
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        const uint32_t pair = base + i * kThreads;
-        if (pair < pairs) take(pair, received(words_of(pair), a[i], b[i], epoch));
-      }
-    }
+    receive_each<kLatent ? 5 : 3>(words_of, of_queries + of_key + of_value, epoch, take);
     // Rows of the tile that are no head's.
     const uint32_t vectors = key_pitch() / 16;
 #pragma unroll 1
@@ -391,7 +360,7 @@ class Attend {
     for (uint32_t i = threadIdx.x % kWarpSize; i < head.width; i += kWarpSize) {
       sum = fmaf(head.from[i], head.from[i], sum);
     }
-    return 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head.width) + args_.heads.eps);
+    return anabranch::norm_scale(warp_sum(sum), static_cast<float>(head.width), args_.heads.eps);
   }
 
   // A head whose elements from `base` on are in `from`: `dim` of them, or those that are rotated alone, to shared
@@ -410,12 +379,11 @@ class Attend {
       if (item < heads.pairs) {
         const uint32_t i = first + (heads.interleaved ? 2 * item : item);
         const uint32_t j = i + (heads.interleaved ? 1 : heads.pairs);
-        const float x = from.read(i);
-        const float y = from.read(j);
-        const float cos = shared_.angles.cos[item];
-        const float sin = shared_.angles.sin[item];
-        store(i, x * cos - y * sin);
-        store(j, y * cos + x * sin);
+        float x = from.read(i);
+        float y = from.read(j);
+        turn(x, y, shared_.angles.cos[item], shared_.angles.sin[item]);
+        store(i, x);
+        store(j, y);
       } else {
         const uint32_t column = item - heads.pairs;
         const uint32_t element = column + (column < first ? 0 : 2 * heads.pairs);
@@ -578,89 +546,26 @@ class Attend {
     }
   }
 
-  // Factors of parts by rows, [splits, rows], of the blocks from `block` on, in place of keys.
-  __device__ __forceinline__ void receive_factors(uint32_t block, uint32_t first, uint32_t rows, uint32_t epoch) {
-    float* const factors = at<float>(places_.keys);
-    const uint32_t splits = plan().splits;
-    const uint32_t lane = threadIdx.x % kWarpSize;
-#pragma unroll 1
-    for (uint32_t row = threadIdx.x / kWarpSize; row < rows; row += kWarps) {
-      const Word* const words = args_.words.statistics + (block * kRows + first + row) * 2;
-      float maximum = -INFINITY;
-#pragma unroll 1
-      for (uint32_t part = lane; part < splits; part += kWarpSize) {
-        const float of_part = __uint_as_float(receive_two(words + part * kRows * 2, epoch).first);
-        factors[part * rows + row] = of_part;
-        maximum = fmaxf(maximum, of_part);
-      }
-      maximum = warp_max(maximum);
-      const float base = maximum == -INFINITY ? 0.0f : maximum;
-      float sum = 0.0f;
-#pragma unroll 1
-      for (uint32_t part = lane; part < splits; part += kWarpSize) {
-        const float factor = ptx::ex2_approx(factors[part * rows + row] - base);
-        sum = fmaf(factor, __uint_as_float(receive_two(words + part * kRows * 2, epoch).second), sum);
-        factors[part * rows + row] = factor;
-      }
-      sum = warp_sum(sum);
-      const float reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
-#pragma unroll 1
-      for (uint32_t part = lane; part < splits; part += kWarpSize) factors[part * rows + row] *= reciprocal;
-    }
-    __syncthreads();
-  }
-
-  // Two elements of some parts, on their way.
-  struct Parts {
-    static constexpr uint32_t kBatch = 4;
-    Word first[kBatch];
-    Word second[kBatch];
-
-    __device__ __forceinline__ void ask(const Word* words, uint64_t pitch, uint32_t part, uint32_t end) {
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        if (part + i < end) ptx::ld_relaxed_2(words + (part + i) * pitch, first[i], second[i]);
-      }
-    }
-  };
-  __device__ __forceinline__ uint64_t part_pitch() const { return uint64_t{kRows} * a_.value_dim; }
-
-  // Two elements' sums over all parts, of which the first are on their way, by the factors of their row, `rows` apart.
-  __device__ __forceinline__ float2 sum_parts(const Word* words, Parts& parts, const float* factors, uint32_t rows,
-                                              uint32_t epoch) const {
-    const uint32_t splits = plan().splits;
-    float2 sum = {};
-#pragma unroll 1
-    for (uint32_t part = 0; part < splits; part += Parts::kBatch) {
-      if (part > 0) parts.ask(words, part_pitch(), part, splits);
-#pragma unroll
-      for (uint32_t i = 0; i < Parts::kBatch; ++i) {
-        if (part + i >= splits) continue;
-        const Two two = received(words + (part + i) * part_pitch(), parts.first[i], parts.second[i], epoch);
-        const float factor = factors[(part + i) * rows];
-        sum.x = fmaf(factor, __uint_as_float(two.first), sum.x);
-        sum.y = fmaf(factor, __uint_as_float(two.second), sum.y);
-      }
-    }
-    return sum;
+  __device__ __forceinline__ Parts parts(uint32_t epoch) const {
+    return {args_.words, a_.value_dim, plan().splits, at<float>(places_.keys), epoch};
   }
 
   // This block's slice of its key head's sums, from all blocks that have a part of them.
   __device__ __forceinline__ void merge(uint32_t epoch) {
+    const Parts parts = this->parts(epoch);
     const uint32_t block = plan().head * plan().splits;
     const uint32_t half = a_.value_dim / 2;
     const uint32_t pairs = a_.group * half;
-    const Word* const words = args_.words.parts + block * part_pitch();
+    const Word* const words = args_.words.parts + block * parts.pitch();
     const uint32_t start = plan().split * pairs / plan().splits + threadIdx.x;
     const uint32_t end = (plan().split + 1) * pairs / plan().splits;
-    Parts parts;
-    if (start < end) parts.ask(words + 2 * start, part_pitch(), 0, plan().splits);
-    receive_factors(block, 0, a_.group, epoch);
-    const float* const factors = at<float>(places_.keys);
+    Parts::Batch batch;
+    if (start < end) parts.ask(batch, words + 2 * start, 0);
+    parts.receive_factors(block, 0, a_.group);
 #pragma unroll 1
     for (uint32_t pair = start; pair < end; pair += kThreads) {
-      if (pair > start) parts.ask(words + 2 * pair, part_pitch(), 0, plan().splits);
-      const float2 sum = sum_parts(words + 2 * pair, parts, factors + pair / half, a_.group, epoch);
+      if (pair > start) parts.ask(batch, words + 2 * pair, 0);
+      const float2 sum = parts.sum(batch, words + 2 * pair, pair / half, a_.group);
       publish(args_.words.attended + plan().head * pairs + pair, ptx::cvt_bf16x2(sum.x, sum.y), epoch);
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/bf16.cuh"
+#include "common/norm.cuh"
 #include "common/silu.cuh"
 #include "decode_step/attend.cuh"
 #include "decode_step/stream.cuh"
@@ -78,11 +79,11 @@ class Step {
         publish(product, part);
       }
       if (product == Product::kShared || product == Product::kRouted) publish_tails(product);
-      if (product == Product::kDown) {
+      product = after<kLatent>(product, routes());
+      if (product == Product::kProject) {
         if (++layer_ == args_.num_layers) break;
         ++epoch_;
       }
-      product = after(product);
     }
     finish(before);
   }
@@ -97,19 +98,6 @@ class Step {
   __device__ __forceinline__ const AnabranchDecodeLayer& weights() const { return args_.layers[layer_]; }
   __device__ __forceinline__ bool routes() const { return weights().gate != nullptr; }
   __device__ __forceinline__ float* sums() const { return reinterpret_cast<float*>(arena_ + places_.sums); }
-
-  __device__ __forceinline__ Product after(Product product) const {
-    switch (product) {
-      case Product::kProject:
-        return kLatent ? Product::kAbsorb : Product::kOutput;
-      case Product::kShared:
-        return routes() ? Product::kRouted : Product::kDown;
-      case Product::kDown:
-        return Product::kProject;
-      default:
-        return static_cast<Product>(static_cast<uint32_t>(product) + 1);
-    }
-  }
 
   // Brings what the product multiplies, and does what comes before it.
   __device__ __forceinline__ void receive(Product product) {
@@ -137,15 +125,15 @@ class Step {
         break;
       case Product::kOutput:
         if constexpr (!kLatent) attend_.run(weights(), epoch_);
-        receive_vector(kLatent ? args_.words.expanded : args_.words.attended, 0,
-                       args_.attention.num_heads * args_.o_dim, places_.vector);
+        receive_vector(kLatent ? args_.words.expanded : args_.words.attended, args_.attention.num_heads * args_.o_dim,
+                       places_.vector);
         clear_tail(places_.vector, args_.attention.num_heads * args_.o_dim);
         break;
       case Product::kRouted:
         choose();
         return;
       case Product::kDown:
-        receive_vector(args_.words.h, 0, h_elements(), places_.vector);
+        receive_vector(args_.words.h, h_elements(), places_.vector);
         break;
     }
     __syncthreads();
@@ -302,7 +290,7 @@ class Step {
     sum = 0.0f;
 #pragma unroll
     for (uint32_t i = 0; i < kWarps; ++i) sum += shared_.squares[i];
-    const float scale = 1.0f / sqrtf(sum / static_cast<float>(args_.hidden) + args_.norm_eps);
+    const float scale = norm_scale(sum, static_cast<float>(args_.hidden), args_.norm_eps);
 #pragma unroll
     for (uint32_t i = 0; i < kPairs; ++i) {
       const uint32_t pair = threadIdx.x + i * kThreads;
@@ -313,10 +301,10 @@ class Step {
     __syncthreads();
   }
 
-  // Words of two bf16 each to a vector in shared memory, from the first-th element on.
-  __device__ __forceinline__ void receive_vector(const Word* words, uint32_t first, uint32_t elements, uint32_t place) {
-    receive_pairs<4>(words + first / 2, threadIdx.x, kThreads, elements / 4, epoch_, [&](uint32_t pair, Two two) {
-      *reinterpret_cast<uint2*>(arena_ + place + 2 * first + pair * 8) = make_uint2(two.first, two.second);
+  // Words of two bf16 each to a vector in shared memory.
+  __device__ __forceinline__ void receive_vector(const Word* words, uint32_t elements, uint32_t place) {
+    receive_pairs<4>(words, elements / 4, epoch_, [&](uint32_t pair, Two two) {
+      *reinterpret_cast<uint2*>(arena_ + place + pair * 8) = make_uint2(two.first, two.second);
     });
   }
 
@@ -335,13 +323,11 @@ class Step {
     const uint32_t heads = (part.first + part.count - 1) / units + 1 - first;
     const uint32_t pitch = chunks_of(args_.q_dim) * kChunkBytes;
     const uint32_t half = args_.q_dim / 2;
-    receive_pairs<2>(
-        args_.words.projected + first * args_.q_dim, threadIdx.x, kThreads, heads * half, epoch_,
-        [&](uint32_t pair, Two two) {
-          const uint32_t head = pair / half;
-          *reinterpret_cast<uint32_t*>(arena_ + places_.q + (first + head) * pitch + (pair - head * half) * 4) =
-              ptx::cvt_bf16x2(__uint_as_float(two.first), __uint_as_float(two.second));
-        });
+    receive_pairs<2>(args_.words.projected + first * args_.q_dim, heads * half, epoch_, [&](uint32_t pair, Two two) {
+      const uint32_t head = pair / half;
+      *reinterpret_cast<uint32_t*>(arena_ + places_.q + (first + head) * pitch + (pair - head * half) * 4) =
+          ptx::cvt_bf16x2(__uint_as_float(two.first), __uint_as_float(two.second));
+    });
   }
 
   // Attended latents of the heads that the block expands, of all parts that keys were cut into.

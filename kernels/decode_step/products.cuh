@@ -48,6 +48,21 @@ struct Feed {
 enum class Product : uint32_t { kProject, kAbsorb, kExpand, kOutput, kShared, kRouted, kDown };
 static_assert(static_cast<uint32_t>(Product::kDown) + 1 == kProducts);
 
+// The next product, of the next layer after the last.
+template <bool kLatent>
+__device__ __forceinline__ Product after(Product product, bool routes) {
+  switch (product) {
+    case Product::kProject:
+      return kLatent ? Product::kAbsorb : Product::kOutput;
+    case Product::kShared:
+      return routes ? Product::kRouted : Product::kDown;
+    case Product::kDown:
+      return Product::kProject;
+    default:
+      return static_cast<Product>(static_cast<uint32_t>(product) + 1);
+  }
+}
+
 // A block's part of a product. Rows come in tiles of twice eight: of most products 16 neighbours, of kShared and
 // kRouted eight columns' rows of the gate and the same of up, of products by head eight rows of one head.
 struct Part {

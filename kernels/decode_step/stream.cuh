@@ -137,26 +137,13 @@ class WeightStream {
   }
 
   __device__ __forceinline__ bool advance() {
-    Product next = Product::kProject;
-    switch (product_) {
-      case Product::kProject:
-        next = kLatent ? Product::kAbsorb : Product::kOutput;
-        break;
-      case Product::kShared:
-        if (routes()) {
-          if (known_ == routed_) return false;
-          ++routed_;
-          next = Product::kRouted;
-        } else {
-          next = Product::kDown;
-        }
-        break;
-      case Product::kDown:
-        if (layer_ + 1 == args_.num_layers) return false;
-        ++layer_;
-        break;
-      default:
-        next = static_cast<Product>(static_cast<uint32_t>(product_) + 1);
+    const Product next = after<kLatent>(product_, routes());
+    if (next == Product::kRouted) {
+      if (known_ == routed_) return false;
+      ++routed_;
+    } else if (next == Product::kProject) {
+      if (layer_ + 1 == args_.num_layers) return false;
+      ++layer_;
     }
     enter(next);
     return true;

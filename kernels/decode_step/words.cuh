@@ -47,27 +47,32 @@ __device__ __forceinline__ Two received(const Word* words, Word a, Word b, uint3
   return there ? Two{static_cast<uint32_t>(a), static_cast<uint32_t>(b)} : receive_two(words, epoch);
 }
 
-// Calls take(i, data of words 2 i and 2 i + 1) for i = first, first + stride, ... below `pairs`, several reads at a
-// time.
-template <uint32_t kBatch, class Take>
-__device__ __forceinline__ void receive_pairs(const Word* words, uint32_t first, uint32_t stride, uint32_t pairs,
-                                              uint32_t epoch, const Take& take) {
+// Calls take(i, data of the two words from words_of(i) on) for i below `pairs`, several reads at a time. Whole blocks
+// share them.
+template <uint32_t kBatch, class WordsOf, class Take>
+__device__ __forceinline__ void receive_each(const WordsOf& words_of, uint32_t pairs, uint32_t epoch,
+                                             const Take& take) {
 #pragma unroll 1
-  for (uint32_t base = first; base < pairs; base += kBatch * stride) {
+  for (uint32_t base = threadIdx.x; base < pairs; base += kBatch * kThreads) {
     Word a[kBatch];
     Word b[kBatch];
 #pragma unroll
     for (uint32_t i = 0; i < kBatch; ++i) {
-      const uint32_t at = base + i * stride;
-      if (at < pairs) ptx::ld_relaxed_2(words + 2 * at, a[i], b[i]);
+      const uint32_t at = base + i * kThreads;
+      if (at < pairs) ptx::ld_relaxed_2(words_of(at), a[i], b[i]);
     }
 #pragma unroll
     for (uint32_t i = 0; i < kBatch; ++i) {
-      const uint32_t at = base + i * stride;
-      if (at >= pairs) continue;
-      take(at, received(words + 2 * at, a[i], b[i], epoch));
+      const uint32_t at = base + i * kThreads;
+      if (at < pairs) take(at, received(words_of(at), a[i], b[i], epoch));
     }
   }
+}
+
+// The same of words that follow one another.
+template <uint32_t kBatch, class Take>
+__device__ __forceinline__ void receive_pairs(const Word* words, uint32_t pairs, uint32_t epoch, const Take& take) {
+  receive_each<kBatch>([=](uint32_t pair) { return words + 2 * pair; }, pairs, epoch, take);
 }
 
 }  // namespace anabranch::decode_step

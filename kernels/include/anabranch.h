@@ -792,7 +792,8 @@ typedef struct AnabranchDecodeShape {
 //
 //   x += attention(norm(x));   x += feed_forward(norm(x));   and so for every layer
 //
-// Attention reads and writes one sequence's paged cache, as anabranch_attention and anabranch_rope do.
+// Attention reads and writes one sequence's paged cache, as anabranch_attention and anabranch_rope do. Sums and the
+// residual stream between layers are float32; an expert's weight is applied to its h. Reads every active weight once.
 typedef struct AnabranchDecodeStepParams {
   AnabranchDecodeShape shape;
   // [num_layers], the host's; read before the call returns.

@@ -170,8 +170,13 @@ impl DecodeStep {
     }
 
     /// `x += attention(norm(x)); x += feed_forward(norm(x))` through all layers, in one launch. `x` is `[1, d]`, in place; the token's
-    /// key and value go into the caches. Sums and the residual stream between layers are float32. The launch is cooperative: it
-    /// waits until the whole GPU is free, and nothing else runs beside it.
+    /// key and value go into the caches. Matrices, caches and what is multiplied are bf16; sums and the residual stream between layers
+    /// are float32, and an expert's weight is applied to its h before that is rounded. The same input gives the same bits, launched or
+    /// replayed. The launch is cooperative: it waits until the whole GPU is free, and nothing else runs beside it.
+    ///
+    /// Reads every active weight once. A token of Qwen3-30B-A3B, 48 layers of 113 MB and the LM head after them, takes 2.6 ms on an H200, 1.3
+    /// at the speed of its memory; of DeepSeek-V2-Lite 2.1 and 1.1 (docs/decode.md). Layers that read much more, and long contexts, are
+    /// faster operation by operation.
     ///
     /// # Errors
     /// [`Error::Shape`] if a shape does not fit, [`Error::Setting`] if there is another number of layers than the step's or the rotation

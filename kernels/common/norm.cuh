@@ -5,7 +5,7 @@
 
 #include "common/bf16.cuh"
 
-namespace anabranch::block {
+namespace anabranch {
 
 __device__ __forceinline__ float add_squares(float sum, const uint4& packed) {
   float x[kVector];
@@ -19,4 +19,4 @@ __device__ __forceinline__ float norm_scale(float sum_of_squares, float width, f
   return 1.0f / sqrtf(sum_of_squares / width + eps);
 }
 
-}  // namespace anabranch::block
+}  // namespace anabranch
