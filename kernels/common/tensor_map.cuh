@@ -23,7 +23,8 @@ inline AnabranchStatus encoder(Encode* encode) {
 }
 
 // A bf16 tensor of kRank dimensions, the innermost first, in boxes of 64 columns; strides in bytes, from the second
-// dimension on.
+// dimension on. The second-level cache is left to fetch what it is asked for: told to fetch 256 bytes at a time, it
+// delivers 4.33 instead of 4.69 TB/s of an H200's memory.
 template <uint32_t kRank>
 AnabranchStatus make_map(CUtensorMap* map, const void* data, const cuuint64_t (&sizes)[kRank],
                          const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
@@ -32,7 +33,7 @@ AnabranchStatus make_map(CUtensorMap* map, const void* data, const cuuint64_t (&
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult made = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides,
                                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? ANABRANCH_STATUS_OK : ANABRANCH_STATUS_SETTING;
 }
 
