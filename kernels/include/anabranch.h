@@ -466,10 +466,10 @@ AnabranchStatus anabranch_grouped_gemm(const AnabranchGroupedGemmParams* params,
 
 // ---- linear ----
 
-// A dense product of a few tokens: y = x W^T + b, or silu(gate) * up. With more tokens it is a grouped GEMM of one
+// A dense product of few tokens: y = x W^T + b, or silu(gate) * up. With more tokens it is a grouped GEMM of one
 // expert.
 typedef struct AnabranchLinearParams {
-  // T, at most 8, fewer where x would not fit into a block's memory: see anabranch_linear_takes.
+  // T: see anabranch_linear_takes.
   uint64_t num_tokens;
   // d, columns of x: a multiple of 8, 8 to 2^30.
   uint32_t in_features;
@@ -501,10 +501,11 @@ typedef struct AnabranchLinearParams {
   uint32_t weights_settled;
 } AnabranchLinearParams;
 
-// Whether anabranch_linear takes so many tokens of this width on the current device, and is the way to do it: from 5
-// tokens on a grouped GEMM is faster for weights of 32 MiB or more. weight_rows: n, or 2 n with SwiGLU, below 2^32.
-// `takes` is a host pointer.
-AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint64_t weight_rows,
+// Whether anabranch_linear takes so many tokens of this width on the current device. On Hopper (9.0) it does up to 64.
+// Elsewhere, and with norm_weight (`norms` not 0), up to 4, and up to 8 of weights below 32 MiB, fewer where x would not
+// fit into a block's memory: with more tokens a grouped GEMM, after rms_norm, is faster. weight_rows: n, or 2 n with
+// SwiGLU, below 2^32. `takes` is a host pointer.
+AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint64_t weight_rows, uint32_t norms,
                                        uint32_t* takes);
 
 // Multiplies. `params` is a host pointer, read before this returns.

@@ -1,18 +1,20 @@
-// linear: a dense product of a few tokens, for which only the weights' way through memory counts.
+// linear: a dense product of few tokens, for which only the weights' way through memory counts.
 //
 //   y[t] = x[t] W^T + b,   or   y[t] = silu(x[t] W_gate^T) * (x[t] W_up^T)
 //
 // where x may be the RMS norm of what is given, after an addition: x[t] = norm(x'[t] + delta[t]).
 //
-//   x [T, d] bf16, T at most 8, W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or null -> y [T, n]
-//   bf16 or float32. Sums in float32, in an order that depends on d alone; another than grouped_gemm's.
+//   x [T, d] bf16, T at most 8 (on Hopper 64), W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or
+//   null -> y [T, n] bf16 or float32. Sums in float32, in an order that depends on the sizes; another than
+//   grouped_gemm's.
 //
 // Reference: anabranch::reference::linear. Architecture: 8.0 and newer. Alignment: 16 bytes; d and n multiples of 8.
 //
-// A block has neighbouring rows of W, which its warps take by turns, each through a ring of its own
-// (common/row_stream.cuh). Two blocks share a multiprocessor: one's end overlaps with the other's. The rings begin
-// before the launch before has ended where the caller says that nobody writes the weights any more. (Bringing them to
-// the second-level cache instead, which needs no such word, makes everything slower.)
+// On Hopper tiles_sm90.cu multiplies all but the fewest tokens. Here a block has neighbouring rows of W, which its
+// warps take by turns, each through a ring of its own (common/row_stream.cuh). Two blocks share a multiprocessor: one's
+// end overlaps with the other's. The rings begin before the launch before has ended where the caller says that nobody
+// writes the weights any more. (Bringing them to the second-level cache instead, which needs no such word, makes
+// everything slower.)
 //
 // Every block makes the norm for itself, while its first weights are on their way: a launch less before every product
 // that reads the residual stream. The sum is written by all blocks to another place than x, which they still read.
@@ -24,6 +26,7 @@
 #include "common/norm_tokens.cuh"
 #include "common/row_stream.cuh"
 #include "common/silu.cuh"
+#include "linear/tiles.cuh"
 #include "ptx/grid_dependency.cuh"
 
 namespace anabranch::linear {
@@ -151,12 +154,9 @@ uint64_t shared_bytes(uint64_t tokens, uint64_t in_features) {
   return kRingBytes + rounded(tokens) * in_features * 2 + kWarps * sizeof(float);
 }
 
-AnabranchStatus check(const AnabranchLinearParams& params, uint64_t shared_limit) {
+AnabranchStatus check(const AnabranchLinearParams& params) {
   const auto is_width = [](uint32_t width) { return width >= 8 && width <= kMaxFeatures && width % 8 == 0; };
-  if (!is_width(params.in_features) || !is_width(params.out_features) || params.num_tokens > kMaxTokens ||
-      shared_bytes(params.num_tokens, params.in_features) > shared_limit) {
-    return ANABRANCH_STATUS_SETTING;
-  }
+  if (!is_width(params.in_features) || !is_width(params.out_features)) return ANABRANCH_STATUS_SETTING;
   const bool swiglu = params.epilogue == ANABRANCH_EPILOGUE_SWIGLU;
   if ((params.epilogue != ANABRANCH_EPILOGUE_LINEAR && !swiglu) ||
       (params.y_dtype != ANABRANCH_DTYPE_BF16 && params.y_dtype != ANABRANCH_DTYPE_F32)) {
@@ -213,56 +213,72 @@ AnabranchStatus launch_for(const Args& args, cudaStream_t stream) {
   }
 }
 
-AnabranchStatus limit(uint64_t* bytes) {
+enum class Way : uint32_t { kNone, kRows, kTiles };
+
+// Who multiplies so many tokens on the current device.
+AnabranchStatus choose(uint64_t tokens, uint32_t in_features, uint64_t weight_rows, bool norms, Way* way) {
   int device = 0;
-  int most = 0;
+  int shared = 0;
   ANABRANCH_TRY(checked(cudaGetDevice(&device)));
-  ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
-  *bytes = static_cast<uint64_t>(most);
+  ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
+  const uint64_t bytes = 2 * weight_rows * in_features;
+  const bool fits = shared_bytes(tokens, in_features) <= static_cast<uint64_t>(shared);
+  const bool tiles = !norms && tokens <= kMostTileTokens && is_there_sm90();
+  const uint64_t rows = bytes < kFewBytes && !tiles ? kMaxTokens : kFewTokens;
+  *way = tokens <= rows && fits ? Way::kRows : tiles ? Way::kTiles : Way::kNone;
   return ANABRANCH_STATUS_OK;
+}
+
+AnabranchStatus launch_rows(const AnabranchLinearParams& params, cudaStream_t stream) {
+  Args args = {};
+  args.x = static_cast<const uint4*>(params.x);
+  args.weights = static_cast<const uint4*>(params.weights);
+  args.bias = params.bias;
+  args.y = params.y;
+  args.norm.x = args.x;
+  args.norm.delta = static_cast<const uint4*>(params.delta);
+  args.norm.weight = reinterpret_cast<const float4*>(params.norm_weight);
+  args.norm.tokens = static_cast<uint32_t>(params.num_tokens);
+  args.norm.vectors = params.in_features / kVector;
+  args.norm.width = static_cast<float>(params.in_features);
+  args.norm.eps = params.norm_eps;
+  args.sum = static_cast<uint4*>(params.sum);
+  args.tokens = static_cast<uint32_t>(params.num_tokens);
+  args.vectors = params.in_features / kVector;
+  args.columns = params.out_features;
+  args.settled = params.weights_settled != 0;
+  args.wide_y = params.y_dtype == ANABRANCH_DTYPE_F32;
+  return params.epilogue == ANABRANCH_EPILOGUE_SWIGLU ? launch_for<true>(args, stream)
+                                                      : launch_for<false>(args, stream);
 }
 
 }  // namespace
 }  // namespace anabranch::linear
 
 extern "C" AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint64_t weight_rows,
-                                                  uint32_t* takes) {
+                                                  uint32_t norms, uint32_t* takes) {
   using namespace anabranch;
   if (takes == nullptr) return ANABRANCH_STATUS_POINTER;
-  *takes = 0;
-  const uint64_t bytes = 2 * weight_rows * in_features;
-  if (num_tokens > (bytes < linear::kFewBytes ? linear::kMaxTokens : linear::kFewTokens)) return ANABRANCH_STATUS_OK;
-  uint64_t most = 0;
-  ANABRANCH_TRY(linear::limit(&most));
-  *takes = linear::shared_bytes(num_tokens, in_features) <= most;
+  linear::Way way = linear::Way::kNone;
+  ANABRANCH_TRY(linear::choose(num_tokens, in_features, weight_rows, norms != 0, &way));
+  *takes = way != linear::Way::kNone;
   return ANABRANCH_STATUS_OK;
 }
 
 extern "C" AnabranchStatus anabranch_linear(const AnabranchLinearParams* params, AnabranchStream stream) {
   using namespace anabranch;
   if (params == nullptr) return ANABRANCH_STATUS_POINTER;
-  uint64_t most = 0;
-  ANABRANCH_TRY(linear::limit(&most));
-  ANABRANCH_TRY(linear::check(*params, most));
+  ANABRANCH_TRY(linear::check(*params));
   if (params->num_tokens == 0) return ANABRANCH_STATUS_OK;
-  linear::Args args = {};
-  args.x = static_cast<const uint4*>(params->x);
-  args.weights = static_cast<const uint4*>(params->weights);
-  args.bias = params->bias;
-  args.y = params->y;
-  args.norm.x = args.x;
-  args.norm.delta = static_cast<const uint4*>(params->delta);
-  args.norm.weight = reinterpret_cast<const float4*>(params->norm_weight);
-  args.norm.tokens = static_cast<uint32_t>(params->num_tokens);
-  args.norm.vectors = params->in_features / kVector;
-  args.norm.width = static_cast<float>(params->in_features);
-  args.norm.eps = params->norm_eps;
-  args.sum = static_cast<uint4*>(params->sum);
-  args.tokens = static_cast<uint32_t>(params->num_tokens);
-  args.vectors = params->in_features / kVector;
-  args.columns = params->out_features;
-  args.settled = params->weights_settled != 0;
-  args.wide_y = params->y_dtype == ANABRANCH_DTYPE_F32;
-  return params->epilogue == ANABRANCH_EPILOGUE_SWIGLU ? linear::launch_for<true>(args, stream)
-                                                       : linear::launch_for<false>(args, stream);
+  const uint64_t rows = uint64_t{params->out_features} * (params->epilogue == ANABRANCH_EPILOGUE_SWIGLU ? 2 : 1);
+  linear::Way way = linear::Way::kNone;
+  ANABRANCH_TRY(linear::choose(params->num_tokens, params->in_features, rows, params->norm_weight != nullptr, &way));
+  switch (way) {
+    case linear::Way::kRows:
+      return linear::launch_rows(*params, stream);
+    case linear::Way::kTiles:
+      return linear::launch_tiles(*params, stream);
+    default:
+      return ANABRANCH_STATUS_SETTING;
+  }
 }

@@ -22,6 +22,15 @@ __device__ __forceinline__ void st_cluster(uint32_t mapped, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(mapped), "f"(value) : "memory");
 }
 
+__device__ __forceinline__ float4 ld_cluster_16(uint32_t mapped) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(mapped)
+               : "memory");
+  return value;
+}
+
 // Releases what this thread wrote to whoever waits. Every thread of the cluster arrives, then waits, once a round.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -16,7 +16,7 @@ const OPERATION: &str = "linear";
 const NORM_OPERATION: &str = "norm_linear";
 
 /// From so many tokens on cuBLASLt is worth it: below, a product takes as long as its weights take to be read, whoever does it.
-pub const CUBLASLT_FROM_TOKENS: usize = 64;
+pub const CUBLASLT_FROM_TOKENS: usize = 32;
 
 /// What [`linear_into`] reads.
 #[derive(Debug)]
@@ -95,7 +95,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
             return launch.end(sys::AnabranchStatus::ANABRANCH_STATUS_OK);
         }
     }
-    if takes_few(input.epilogue, input.bias.is_some(), num_tokens, [inner, out])? && input.tile == Tile::Auto {
+    if takes_few(input.epilogue, input.bias.is_some(), false, num_tokens, [inner, out])? && input.tile == Tile::Auto {
         let params = few(stream, [num_tokens, inner, out], input.epilogue, (&x, &weight, &bias, &y));
         // SAFETY: as below.
         return launch.end(unsafe { sys::anabranch_linear(&raw const params, launch.raw_stream()) });
@@ -123,7 +123,7 @@ pub fn linear_into<O: GemmOutput>(stream: &Stream, input: &LinearInput<'_>, y: &
 }
 
 /// Whether the kernel for few tokens does this. A device must be current.
-fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, [inner, out]: [usize; 2]) -> Result<bool> {
+fn takes_few(epilogue: Epilogue, bias: bool, norms: bool, num_tokens: usize, [inner, out]: [usize; 2]) -> Result<bool> {
     let known = match epilogue {
         Epilogue::Linear => true,
         Epilogue::SwiGlu => !bias,
@@ -135,7 +135,8 @@ fn takes_few(epilogue: Epilogue, bias: bool, num_tokens: usize, [inner, out]: [u
     let mut takes = 0;
     let rows = weight_rows(epilogue, out) as u64;
     // SAFETY: `takes` is a live value of its type.
-    let status = unsafe { sys::anabranch_linear_takes(num_tokens as u64, inner as u32, rows, &raw mut takes) };
+    let status =
+        unsafe { sys::anabranch_linear_takes(num_tokens as u64, inner as u32, rows, u32::from(norms), &raw mut takes) };
     launched(OPERATION, status)?;
     Ok(takes != 0)
 }
@@ -197,7 +198,7 @@ pub fn norm_linear_takes(
     bias: bool,
 ) -> Result<bool> {
     Launch::bind(NORM_OPERATION, stream.device())?;
-    takes_few(epilogue, bias, num_tokens, [inner, out])
+    takes_few(epilogue, bias, true, num_tokens, [inner, out])
 }
 
 /// `y[T, out] = epilogue(norm(x + delta) W^T + b)` of a few tokens, and `sum = x + delta`, rounded to bf16: a block's residual
@@ -217,7 +218,7 @@ pub fn norm_linear_into<O: GemmOutput>(
     check_width(NORM_OPERATION, "in features", inner)?;
     let out = columns(NORM_OPERATION, input.epilogue, rows)?;
     let launch = Launch::begin(NORM_OPERATION, stream)?;
-    if !takes_few(input.epilogue, input.bias.is_some(), num_tokens, [inner, out])? {
+    if !takes_few(input.epilogue, input.bias.is_some(), true, num_tokens, [inner, out])? {
         return Err(Error::Setting {
             operation: NORM_OPERATION,
             setting: "number of tokens, epilogue and bias",

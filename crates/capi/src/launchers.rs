@@ -193,7 +193,7 @@ query!(
     needs [bytes]
 );
 query!(
-    anabranch_linear_takes(num_tokens: u64, in_features: u32, weight_rows: u64, takes: *mut u32),
+    anabranch_linear_takes(num_tokens: u64, in_features: u32, weight_rows: u64, norms: u32, takes: *mut u32),
     needs [takes]
 );
 query!(anabranch_argmax_workspace(num_rows: u64, vocab_size: u64, bytes: *mut u64), needs [bytes]);

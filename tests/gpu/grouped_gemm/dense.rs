@@ -51,7 +51,11 @@ fn check<O: Output>(stream: &Stream, dense: &Dense) -> Result<(), String> {
     let other = tiles(stream)[seed as usize % tiles(stream).len()];
     // A few tokens have a kernel of their own, which sums in another order.
     let gated = epilogue == Epilogue::SwiGlu && bias.is_none();
-    let most = if stacked * out * inner < 1 << 24 { MOST } else { FEW };
+    let most = match stream.device().capability() {
+        (9, 0) => MOST_OF_HOPPER,
+        _ if stacked * out * inner < 1 << 24 => MOST,
+        _ => FEW,
+    };
     let few = num_tokens <= most && (gated || epilogue == Epilogue::Linear);
     let tile = if few { Tile::Auto } else { other };
     if y != multiply(stream, dense, &x, &weight, bias.as_deref(), tile) {
@@ -69,6 +73,8 @@ fn check<O: Output>(stream: &Stream, dense: &Dense) -> Result<(), String> {
 /// Most tokens of the kernel for a few: of a large weight, and of one below 32 MiB.
 const FEW: usize = 4;
 const MOST: usize = 8;
+/// Of any weight, where tokens lie side by side in an instruction.
+const MOST_OF_HOPPER: usize = 64;
 
 /// Every number of tokens that it takes and one more, on rows of less than a step, of many, and as wide as a vocabulary.
 #[test]
@@ -91,23 +97,45 @@ fn a_few_tokens() {
     });
 }
 
+/// As many as there are instructions for, one more, and less; weights whose columns one block has, several share, and that end within
+/// a tile, a step or both.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn tokens_side_by_side() {
+    on_gpu(|stream| {
+        for num_tokens in [5, 8, 9, 16, 17, 32, 33, 63, 64, 65] {
+            for (inner, out) in [(2048, 1536), (648, 4104), (64, 56_000), (5000, 72), (136, 128)] {
+                for (epilogue, bias) in [(Epilogue::Linear, true), (Epilogue::Linear, false), (Epilogue::SwiGlu, false)]
+                {
+                    let out = if epilogue == Epilogue::SwiGlu { out / 16 * 8 } else { out };
+                    let dense = Dense { num_tokens, inner, out, epilogue, bias, seed: (inner + num_tokens) as u64 };
+                    check::<bf16>(stream, &dense).unwrap();
+                    check::<f32>(stream, &dense).unwrap();
+                }
+            }
+        }
+    });
+}
+
 /// Of x, what is not a number stays in its own row of y; of the weights, in its own column.
 #[test]
 #[ignore = "needs a CUDA GPU"]
 fn nan_stays_where_it_is() {
     on_gpu(|stream| {
-        let (tokens, inner, out) = (3, 264, 72);
-        let dense = Dense { num_tokens: tokens, inner, out, epilogue: Epilogue::Linear, bias: false, seed: 7 };
-        let (mut x, mut weight) = (noise(tokens * inner, 1.0, 1), noise(out * inner, 0.1, 2));
-        let clean: Vec<f32> = multiply(stream, &dense, &x, &weight, None, Tile::Auto);
-        x[inner + 100] = bf16::NAN;
-        weight[5 * inner + 17] = bf16::INFINITY;
-        let dirty: Vec<f32> = multiply(stream, &dense, &x, &weight, None, Tile::Auto);
-        for (at, (clean, dirty)) in clean.iter().zip(&dirty).enumerate() {
-            if at / out == 1 || at % out == 5 {
-                assert!(!dirty.is_finite(), "element {at}");
-            } else {
-                assert_eq!(clean.to_bits(), dirty.to_bits(), "element {at}");
+        for tokens in [3, 20] {
+            let (inner, out) = (264, 72);
+            let dense = Dense { num_tokens: tokens, inner, out, epilogue: Epilogue::Linear, bias: false, seed: 7 };
+            let (mut x, mut weight) = (noise(tokens * inner, 1.0, 1), noise(out * inner, 0.1, 2));
+            let clean: Vec<f32> = multiply(stream, &dense, &x, &weight, None, Tile::Auto);
+            x[inner + 100] = bf16::NAN;
+            weight[5 * inner + 17] = bf16::INFINITY;
+            let dirty: Vec<f32> = multiply(stream, &dense, &x, &weight, None, Tile::Auto);
+            for (at, (clean, dirty)) in clean.iter().zip(&dirty).enumerate() {
+                if at / out == 1 || at % out == 5 {
+                    assert!(!dirty.is_finite(), "element {at}");
+                } else {
+                    assert_eq!(clean.to_bits(), dirty.to_bits(), "element {at}");
+                }
             }
         }
     });
