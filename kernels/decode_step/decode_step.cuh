@@ -73,8 +73,20 @@ class Step {
         units = (absorbs ? args_.attention.key_dim : args_.o_dim) / 8;
         bytes = chunks_of(part.width) * kChunkBytes;
       }
+      // Experts are chosen while the shared ones' last tiles are on their way, so that the routed ones' come after
+      // them.
+      bool chooses = product == Product::kShared && routes();
+      uint32_t begin = 0;
+      uint32_t end = chooses ? stream_.before_last(part) : part.tiles;
+      for (;;) {
+        stream_.multiply(part, begin, end, address(vectors), bytes, units, sums());
+        if (chooses) choose();
+        chooses = false;
+        if (end == part.tiles) break;
+        begin = end;
+        end = part.tiles;
+      }
       if (part.count > 0) {
-        stream_.multiply(part, address(vectors), bytes, units, sums());
         __syncthreads();
         publish(product, part);
       }
@@ -130,7 +142,6 @@ class Step {
         clear_tail(places_.vector, args_.attention.num_heads * args_.o_dim);
         break;
       case Product::kRouted:
-        choose();
         return;
       case Product::kDown:
         receive_vector(args_.words.h, h_elements(), places_.vector);

@@ -42,14 +42,20 @@ class WeightStream {
     fill();
   }
 
-  // Sums of the part's rows over this warp's chunks, tile by tile, to sums[warp's group][tile, 16]. `vectors`: address
-  // of the slots' vectors, each of whole chunks.
-  __device__ __forceinline__ void multiply(const Part& part, uint32_t vectors, uint32_t vector_bytes_a_head,
-                                           uint32_t units_a_head, float* sums) {
+  // The part's tiles before those that the warps multiply last; all, where those are the first, too.
+  __device__ __forceinline__ static uint32_t before_last(const Part& part) {
+    const uint32_t at_once = kWarps >> part.group_bits;
+    return part.tiles <= at_once ? part.tiles : (part.tiles - 1) / at_once * at_once;
+  }
+
+  // Sums of the part's rows over this warp's chunks, of tiles from `begin` to `end`, to sums[warp's group][tile, 16].
+  // `vectors`: address of the slots' vectors, each of whole chunks.
+  __device__ __forceinline__ void multiply(const Part& part, uint32_t begin, uint32_t end, uint32_t vectors,
+                                           uint32_t vector_bytes_a_head, uint32_t units_a_head, float* sums) {
     const uint32_t lane = threadIdx.x % kWarpSize;
     const Turn turn(part);
 #pragma unroll 1
-    for (uint32_t tile = turn.tile; tile < part.tiles; tile += turn.tiles) {
+    for (uint32_t tile = begin + turn.tile; tile < end; tile += turn.tiles) {
       float c[4] = {};
       uint32_t vector = vectors + turn.chunk * kChunkBytes + lane % 4 * 16;
       if (kLatent && units_a_head != 0) vector += (part.first + tile) / units_a_head * vector_bytes_a_head;
