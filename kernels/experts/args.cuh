@@ -93,6 +93,7 @@ struct Problem {
   uint64_t hidden;
   uint64_t intermediate;
   uint64_t shared_limit;  // bytes a block may have
+  uint64_t multiprocessors;
 };
 
 // Up to so many tokens the kernel permutes and combines: every block sorts all pairs, and a warpgroup sums up 64
@@ -124,19 +125,43 @@ constexpr Config fit(TileId tile, uint64_t token_tile, const Problem& problem) {
   return config;
 }
 
-// A single token's kernel (one_token.cuh): warps of a block that multiply, and steps of 512 bytes that each has on
-// their way: 120 KiB a multiprocessor, where 40 would keep memory busy, for the time in which all wait for h.
-constexpr uint32_t kOneTokenWarps = 24;
-constexpr uint32_t kOneTokenSteps = 10;
+// A single token's kernel (one_token.cuh): steps of 512 bytes that a block's warps have on their way, shared evenly
+// among them. 120 KiB a multiprocessor, where 40 would keep memory busy, for the time in which all wait for h.
+constexpr uint32_t kOneTokenRing = 242;
 
 // The steps, x, h, three barriers and a word.
-constexpr uint64_t one_token_bytes(const Problem& problem) {
-  return kOneTokenWarps * kOneTokenSteps * 512 + 2 * (problem.hidden + problem.topk * problem.intermediate) + 4 * 8;
+constexpr uint64_t one_token_bytes(uint32_t warps, const Problem& problem) {
+  return kOneTokenRing / warps * warps * 512 + 2 * (problem.hidden + problem.topk * problem.intermediate) + 4 * 8;
+}
+
+constexpr uint64_t turns(uint64_t rows, uint32_t warps) {
+  return (rows + warps - 1) / warps;
+}
+
+// How many warps: they take a block's rows of either product by turns, and where few are left for the last turn memory
+// rests. As if that took as long as all others.
+constexpr uint32_t one_token_warps(const Problem& problem) {
+  const uint64_t columns = problem.topk * problem.intermediate;
+  const uint64_t gated = (columns + problem.multiprocessors - 1) / problem.multiprocessors;
+  const uint64_t summed = (problem.hidden + problem.multiprocessors - 1) / problem.multiprocessors;
+  uint32_t best = 0;
+  uint64_t least_rows = 0;
+  for (const uint32_t warps : {24u, 22u, 20u}) {
+    const uint64_t rows = warps * (turns(gated, warps) * 2 * problem.hidden + turns(summed, warps) * columns);
+    if (best != 0 && rows >= least_rows) continue;
+    best = warps;
+    least_rows = rows;
+  }
+  return best;
 }
 
 constexpr Config choose(const Problem& problem) {
-  if (problem.tokens == 1 && one_token_bytes(problem) <= problem.shared_limit) {
-    return {TileId::kOneToken, 1, 1, kOneTokenSteps, static_cast<uint32_t>(one_token_bytes(problem)), true};
+  if (problem.tokens == 1) {
+    const uint32_t warps = one_token_warps(problem);
+    const uint64_t bytes = one_token_bytes(warps, problem);
+    if (bytes <= problem.shared_limit) {
+      return {TileId::kOneToken, 1, 1, kOneTokenRing / warps, static_cast<uint32_t>(bytes), true};
+    }
   }
   const uint64_t pairs = problem.tokens * problem.topk;
   const uint64_t hit = least(pairs, problem.experts);
@@ -152,10 +177,12 @@ constexpr Config choose(const Problem& problem) {
 // A Hopper and the shapes of named models.
 constexpr Config choose_there(uint64_t tokens, uint64_t experts, uint64_t topk, uint64_t hidden = 2048,
                               uint64_t intermediate = 768) {
-  return choose({tokens, experts, topk, hidden, intermediate, 227 * 1024});
+  return choose({tokens, experts, topk, hidden, intermediate, 227 * 1024, 132});
 }
-static_assert(choose_there(1, 128, 8).tile == TileId::kOneToken && choose_there(1, 128, 8).stages == kOneTokenSteps);
-static_assert(choose_there(1, 8, 2, 4096, 14336).rows == 1 && choose_there(1, 256, 8, 7168, 2048).rows == 1);
+// Qwen3-30B-A3B, DeepSeekMoE-16B, DeepSeek-V3 and Mixtral-8x7B: 24, 22, 22 and 20 warps.
+static_assert(choose_there(1, 128, 8).tile == TileId::kOneToken && choose_there(1, 128, 8).stages == 10);
+static_assert(choose_there(1, 64, 6, 2048, 1408).stages == 11 && choose_there(1, 256, 8, 7168, 2048).stages == 11);
+static_assert(choose_there(1, 8, 2, 4096, 14336).stages == 12 && choose_there(1, 8, 2, 4096, 14336).rows == 1);
 static_assert(choose_there(1, 64, 32, 4096, 14336).tile == TileId::kFew);
 static_assert(choose_there(2, 64, 6).tile == TileId::kFew && choose_there(2, 64, 6).token_tile == 8);
 static_assert(choose_there(3, 64, 6).stages == 6 && choose_there(512, 128, 8).token_tile == 64);

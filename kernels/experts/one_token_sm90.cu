@@ -9,7 +9,7 @@
 // of 8.
 //
 // With one token the products are dot products, and only the weights' way through memory counts. Every lane of every
-// warp copies weights for itself alone, 16 bytes at a time, kDepth steps of its warp ahead, and so meets nobody while
+// warp copies weights for itself alone, 16 bytes at a time, some steps of its warp ahead, and so meets nobody while
 // it multiplies. A warp's part of the second product follows its part of the first in the same ring of steps, so that
 // memory does not rest while the blocks wait for one another's h. A warp takes a column of the result through all K
 // experts, which leaves nothing to sum up afterwards. A block that waits long does the part of h of blocks that have
@@ -33,8 +33,14 @@
 namespace anabranch::experts {
 namespace {
 
-constexpr uint32_t kThreads = (kOneTokenWarps + 1) * kWarpSize;
-constexpr uint32_t kDepth = kOneTokenSteps;
+// Steps of a warp.
+template <uint32_t kWarps>
+constexpr uint32_t kSteps = kOneTokenRing / kWarps;
+template <uint32_t kWarps>
+constexpr uint32_t kRingBytes = kWarps * kSteps<kWarps> * kStepBytes;
+// One more brings vectors.
+template <uint32_t kWarps>
+constexpr uint32_t kThreads = (kWarps + 1) * kWarpSize;
 
 struct OneTokenArgs {
   const uint16_t* x;        // [d] bf16
@@ -54,7 +60,7 @@ struct OneTokenArgs {
 
 // Shared memory, by address.
 struct Places {
-  uint32_t ring;       // [warps, kDepth] steps
+  uint32_t ring;       // [warps, depth] steps
   uint32_t x;          // [d]
   uint32_t h;          // [K, n]
   uint32_t x_there;    // barriers: x has been copied,
@@ -62,9 +68,9 @@ struct Places {
   uint32_t h_there;    // h of all blocks has been copied
   uint32_t* is_own;    // whether the block does its part of h, and no other does
 
-  __device__ __forceinline__ Places(const char* shared, const OneTokenArgs& args)
+  __device__ __forceinline__ Places(const char* shared, uint32_t ring_bytes, const OneTokenArgs& args)
       : ring(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-        x(ring + kOneTokenWarps * kDepth * kStepBytes),
+        x(ring + ring_bytes),
         h(x + args.hidden * 2),
         x_there(h + args.topk * args.intermediate * 2),
         gate_done(x_there + 8),
@@ -103,6 +109,7 @@ __device__ __forceinline__ const uint4* gate_row(const OneTokenArgs& args, const
 
 // One warp's rows of both products, one after another: of the first, gate and up of a column of h, of the second, a
 // column of the result by all experts.
+template <uint32_t kWarps>
 class ExpertRows {
  public:
   __device__ __forceinline__ ExpertRows(const OneTokenArgs& args, const Chosen& chosen, const Share& columns,
@@ -114,11 +121,11 @@ class ExpertRows {
       vectors = args_.hidden / kVector;
       if (is_up_next_) {
         is_up_next_ = false;
-        unit_ += kOneTokenWarps;
+        unit_ += kWarps;
         row = gate_ + uint64_t{args_.intermediate} * vectors;
         return true;
       }
-      for (; unit_ < columns_.count; unit_ += kOneTokenWarps) {
+      for (; unit_ < columns_.count; unit_ += kWarps) {
         const uint32_t column = columns_.first + unit_;
         const uint32_t k = column / args_.intermediate;
         if (!chosen_.is_there(k)) continue;
@@ -131,7 +138,7 @@ class ExpertRows {
       unit_ = warp_;
     }
     vectors = args_.intermediate / kVector;
-    for (; unit_ < results_.count; unit_ += kOneTokenWarps) {
+    for (; unit_ < results_.count; unit_ += kWarps) {
       while (slot_ < args_.topk) {
         const uint32_t k = slot_++;
         if (!chosen_.is_there(k)) continue;
@@ -158,17 +165,19 @@ class ExpertRows {
 };
 
 // What a warp does for its part of both products.
+template <uint32_t kWarps>
 __device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places& places, uint32_t warp) {
   const uint32_t lane = threadIdx.x % kWarpSize;
   const Chosen chosen(args);
   const Share columns(args.topk * args.intermediate);
   const Share results(args.hidden);
-  RowStream<kDepth, ExpertRows> rows(places.ring + warp * kDepth * kStepBytes,
-                                     ExpertRows(args, chosen, columns, results, warp));
+  constexpr uint32_t kDeep = kSteps<kWarps>;
+  RowStream<kDeep, ExpertRows<kWarps>> rows(places.ring + warp * kDeep * kStepBytes,
+                                            ExpertRows<kWarps>(args, chosen, columns, results, warp));
   rows.begin();
   wait(places.x_there, 0);
   const bool is_own = *places.is_own != 0;
-  for (uint32_t unit = warp; unit < columns.count; unit += kOneTokenWarps) {
+  for (uint32_t unit = warp; unit < columns.count; unit += kWarps) {
     const uint32_t column = columns.first + unit;
     if (!chosen.is_there(column / args.intermediate)) continue;
     float part[1];
@@ -184,7 +193,7 @@ __device__ __forceinline__ void multiply(const OneTokenArgs& args, const Places&
     ptx::mbarrier_arrive(places.gate_done);
   }
   wait(places.h_there, 0);
-  for (uint32_t unit = warp; unit < results.count; unit += kOneTokenWarps) {
+  for (uint32_t unit = warp; unit < results.count; unit += kWarps) {
     float sum = 0.0f;
     for (uint32_t k = 0; k < args.topk; ++k) {
       if (!chosen.is_there(k)) continue;
@@ -270,12 +279,13 @@ __device__ __forceinline__ void bring_vectors(const OneTokenArgs& args, const Pl
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_constant__ OneTokenArgs args) {
+template <uint32_t kWarps>
+__global__ void __launch_bounds__(kThreads<kWarps>, 1) run_one_token(const __grid_constant__ OneTokenArgs args) {
   extern __shared__ __align__(128) char shared[];
-  const Places places(shared, args);
+  const Places places(shared, kRingBytes<kWarps>, args);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(places.x_there, 1);
-    ptx::mbarrier_init(places.gate_done, kOneTokenWarps);
+    ptx::mbarrier_init(places.gate_done, kWarps);
     ptx::mbarrier_init(places.h_there, 1);
     ptx::fence_mbarrier_init();
   }
@@ -283,11 +293,26 @@ __global__ void __launch_bounds__(kThreads, 1) run_one_token(const __grid_consta
   ptx::launch_dependents();
   ptx::wait_for_prerequisites();
   const uint32_t warp = threadIdx.x / kWarpSize;
-  if (warp < kOneTokenWarps) {
-    multiply(args, places, warp);
+  if (warp < kWarps) {
+    multiply<kWarps>(args, places, warp);
   } else {
     bring_vectors(args, places);
   }
+}
+
+template <uint32_t kWarps>
+AnabranchStatus launch(const Config& config, const OneTokenArgs& args, cudaStream_t stream) {
+  int blocks = 0;
+  ANABRANCH_TRY(checked(multiprocessors(&blocks)));
+  const auto kernel = run_one_token<kWarps>;
+  ANABRANCH_TRY(checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(config.shared_bytes))));
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = static_cast<uint32_t>(blocks);
+  launch.blockDim = kThreads<kWarps>;
+  launch.dynamicSmemBytes = config.shared_bytes;
+  launch.stream = stream;
+  return launch_overlapping(kernel, launch, args);
 }
 
 }  // namespace
@@ -308,16 +333,16 @@ AnabranchStatus launch_one_token(const Config& config, const Args& args, const v
   one.topk = args.topk;
   one.hidden = args.hidden;
   one.intermediate = args.intermediate;
-  int blocks = 0;
-  ANABRANCH_TRY(checked(multiprocessors(&blocks)));
-  ANABRANCH_TRY(checked(cudaFuncSetAttribute(run_one_token, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(config.shared_bytes))));
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = static_cast<uint32_t>(blocks);
-  launch.blockDim = kThreads;
-  launch.dynamicSmemBytes = config.shared_bytes;
-  launch.stream = stream;
-  return launch_overlapping(run_one_token, launch, one);
+  switch (config.stages) {
+    case kSteps<24>:
+      return launch<24>(config, one, stream);
+    case kSteps<22>:
+      return launch<22>(config, one, stream);
+    case kSteps<20>:
+      return launch<20>(config, one, stream);
+    default:
+      return ANABRANCH_STATUS_UNSUPPORTED;
+  }
 }
 
 }  // namespace anabranch::experts

@@ -112,7 +112,8 @@ AnabranchStatus plan_of(const AnabranchMoeShape& shape, uint64_t num_tokens, Pla
   if (plan->arch == ANABRANCH_ARCH_SM90) {
     if (!suits_sm90(device, sizes)) return ANABRANCH_STATUS_UNSUPPORTED;
     plan->experts = experts::choose({sizes.tokens, sizes.experts, sizes.topk, sizes.hidden, sizes.intermediate,
-                                     static_cast<uint64_t>(device.shared_per_block)});
+                                     static_cast<uint64_t>(device.shared_per_block),
+                                     static_cast<uint64_t>(device.multiprocessors)});
     // A single token's kernel has a word for each block there instead.
     const uint64_t tiles = experts::most_tiles(plan->experts, sizes.pairs(), sizes.experts);
     const uint64_t blocks = static_cast<uint64_t>(device.multiprocessors);
