@@ -93,7 +93,7 @@ impl Grouped {
         };
         let rows = [batch.cache_rows, num_kv_heads, head_dim];
         let mut buffers = RopeBuffers {
-            positions: batch.positions()?,
+            positions: batch.positions(&batch.all)?,
             queries: q,
             q: heads,
             q_first: 0,
@@ -105,7 +105,7 @@ impl Grouped {
                 k_norm,
                 values: Some(kv.view()),
                 v: values,
-                rows: batch.rows()?,
+                rows: batch.rows(&batch.all)?,
                 k_cache: layer.keys.part_mut(0, rows)?,
                 v_cache: layer.values.part_mut(0, rows)?,
             }),
@@ -116,7 +116,7 @@ impl Grouped {
             q: work.a.part(0, [tokens, width])?,
             keys: layer.keys.view(),
             values: Some(layer.values.view()),
-            batch: batch.attention()?,
+            batch: batch.attention(&batch.all)?,
         };
         attend(gpu, &self.shape, &input, &mut work.bytes, &mut work.c.part_mut(0, [tokens, width])?)?;
         Ok(())

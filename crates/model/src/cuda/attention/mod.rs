@@ -1,7 +1,9 @@
 //! Attention on the GPU: projections, rotation and cache write, attention, output projection.
 
+mod expansion;
 mod grouped;
 mod latent;
+mod latent_weights;
 
 use anabranch::{
     cuda::{AttentionInput, DecodeProjections, RopeTable, View, ViewMut, attention_into, attention_workspace},
@@ -9,7 +11,7 @@ use anabranch::{
 };
 use half::bf16;
 
-pub(super) use self::latent::LatentSizes;
+pub(super) use self::{expansion::Expanded, latent_weights::LatentSizes};
 use self::{grouped::Grouped, latent::Latent};
 use super::{
     cache::{CudaCache, DeviceBatch, LayerCache},
@@ -71,11 +73,6 @@ pub(super) fn cache_widths(config: &Config) -> [usize; 2] {
         Attention::Grouped { num_kv_heads, head_dim, .. } => [num_kv_heads * pad(head_dim); 2],
         Attention::Latent { kv_lora_rank, qk_rope_head_dim, .. } => [pad(kv_lora_rank) + pad(qk_rope_head_dim), 0],
     }
-}
-
-/// Heads of latent attention.
-pub(super) fn latent_heads(config: &Config) -> Option<usize> {
-    LatentSizes::of(&config.attention).map(|sizes| sizes.num_heads)
 }
 
 impl CudaAttention {
