@@ -125,7 +125,7 @@ impl HeadOrder {
         Ok(Self { num_heads, tokens: 0, offsets, rows: gpu.zeros(Purpose::Workspace, [0])? })
     }
 
-    /// Steps with as many tokens as the last one find everything in place. There is room for as many as the largest batch had, so that
+    /// Steps with as many tokens as the last one that had some find everything in place. There is room for as many as the largest batch had, so that
     /// decode steps beside prompts find it as it is.
     fn set(&mut self, gpu: &Gpu, tokens: usize, batch: usize) -> Result<()> {
         let room = 2 * self.num_heads * batch;
@@ -134,7 +134,7 @@ impl HeadOrder {
             self.tokens = 0;
             gpu.reserve(&mut self.rows, room)?;
         }
-        if self.tokens == tokens {
+        if self.tokens == tokens || tokens == 0 {
             return Ok(());
         }
         let heads = self.num_heads;
