@@ -4,9 +4,11 @@ use anabranch::cuda::{AttentionBatch, DecodeStep, RopeTable, View};
 use half::bf16;
 
 use super::{
-    attention, decode,
+    attention::{self, LatentSizes},
+    decode,
     graphs::Graphs,
     memory::{Buffer, Gpu, Purpose, explain},
+    parts::{LatentBatch, Part},
     workspace::Workspace,
 };
 use crate::{
@@ -42,39 +44,24 @@ pub(super) struct LayerCache {
 #[derive(Debug)]
 pub(super) struct DeviceBatch {
     pub(super) tokens: usize,
-    segments: usize,
-    max_q_len: usize,
-    max_kv_len: usize,
+    /// All of it.
+    pub(super) all: Part,
     /// Rows of every layer's cache.
     pub(super) cache_rows: usize,
     /// Ids `[T]`, offsets `[B + 1]`, lengths `[B]` and table starts `[B]` of the segments, then their tables.
     words: Buffer<u32>,
     /// Positions and cache rows, `[T]` each.
     numbers: Buffer<i32>,
-    /// Where latent attention finds heads.
-    pub(super) heads: Option<HeadOrder>,
+    /// Where attention is latent.
+    pub(super) latent: Option<LatentBatch>,
 }
-
-/// The order of rows for products by head, whose rows must lie head by head.
-#[derive(Debug)]
-pub(super) struct HeadOrder {
-    num_heads: usize,
-    tokens: usize,
-    /// `[H + 1]`: a head's first row.
-    offsets: Buffer<u32>,
-    /// `[H T]` rows of tokens in the order of heads, and back.
-    rows: Buffer<u32>,
-}
-
-/// The longest context is rounded up to a multiple of this: steps in between have the same launches.
-const CONTEXT_STEP: usize = 256;
 
 impl CudaCache {
     pub(super) fn new(gpu: &Gpu, config: &Config, blocks: usize) -> Result<Self> {
         let rows = blocks.saturating_mul(BLOCK_SIZE);
         let layers = Self::layers(gpu, config, rows)?;
         let rope = RopeTable::new(&gpu.stream, &config.rope)?;
-        let batch = DeviceBatch::new(gpu, attention::latent_heads(config), rows)?;
+        let batch = DeviceBatch::new(gpu, LatentSizes::of(&config.attention), rows)?;
         let (written, work) = (Written::new(blocks), Workspace::new(gpu, config)?);
         let step = decode::step(gpu, config)?;
         Ok(Self { graphs: Graphs::default(), layers, written, rope, batch, work, step })
@@ -104,10 +91,14 @@ impl CudaCache {
     /// Checks that a batch continues its sequences, and brings its numbers to the GPU.
     pub(super) fn begin(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<()> {
         self.written.note(batch.segments)?;
-        let mut numbers = Numbers::default();
-        batch.segments.iter().for_each(|segment| numbers.push(segment));
         self.work.reserve(gpu, batch.ids.len())?;
-        self.batch.set(gpu, batch, &numbers)
+        self.batch.set(gpu, batch)?;
+        let Some(latent) = &mut self.batch.latent else { return Ok(()) };
+        let all = batch.segments.len();
+        let absorbed = latent.sizes.absorbed(batch.segments);
+        let blocks = Part::of(batch.segments, absorbed..all).blocks.len();
+        let fits = self.work.expanded.reserve(gpu, &latent.sizes, blocks)?;
+        latent.set(gpu, batch.segments, if fits { absorbed } else { all })
     }
 }
 
@@ -120,10 +111,15 @@ struct Numbers {
     tables: Vec<u32>,
     positions: Vec<i32>,
     rows: Vec<i32>,
-    max_q_len: usize,
 }
 
 impl Numbers {
+    fn of(segments: &[Segment<'_>]) -> Self {
+        let mut numbers = Self::default();
+        segments.iter().for_each(|segment| numbers.push(segment));
+        numbers
+    }
+
     fn push(&mut self, segment: &Segment<'_>) {
         let Segment { blocks, position, len } = *segment;
         self.offsets.push(self.positions.len() as u32);
@@ -132,27 +128,25 @@ impl Numbers {
         self.tables.extend_from_slice(&blocks[..blocks_for(position + len)]);
         self.positions.extend((position..position + len).map(|position| position as i32));
         self.rows.extend(segment.rows().map(|row| row as i32));
-        self.max_q_len = self.max_q_len.max(len);
     }
 }
 
 impl DeviceBatch {
-    fn new(gpu: &Gpu, latent_heads: Option<usize>, cache_rows: usize) -> Result<Self> {
-        let heads = latent_heads.map(|num_heads| HeadOrder::new(gpu, num_heads)).transpose()?;
+    fn new(gpu: &Gpu, latent: Option<LatentSizes>, cache_rows: usize) -> Result<Self> {
+        let latent = latent.map(|sizes| LatentBatch::new(gpu, sizes)).transpose()?;
         Ok(Self {
             tokens: 0,
-            segments: 0,
-            max_q_len: 0,
-            max_kv_len: 0,
+            all: Part::default(),
             cache_rows,
             words: gpu.zeros(Purpose::Workspace, [0])?,
             numbers: gpu.zeros(Purpose::Workspace, [0])?,
-            heads,
+            latent,
         })
     }
 
-    fn set(&mut self, gpu: &Gpu, batch: &Batch<'_>, numbers: &Numbers) -> Result<()> {
-        let (tokens, segments) = (batch.ids.len(), batch.segments.len());
+    fn set(&mut self, gpu: &Gpu, batch: &Batch<'_>) -> Result<()> {
+        let numbers = Numbers::of(batch.segments);
+        let tokens = batch.ids.len();
         let end = [tokens as u32];
         let words = [batch.ids, &numbers.offsets, &end, &numbers.lengths, &numbers.starts, &numbers.tables].concat();
         let pairs = [numbers.positions.as_slice(), &numbers.rows].concat();
@@ -162,84 +156,45 @@ impl DeviceBatch {
         gpu.reserve(&mut self.numbers, pairs.len())?;
         gpu.stream.upload_into(&words, &mut self.words.part_mut(0, [words.len()])?)?;
         gpu.stream.upload_into(&pairs, &mut self.numbers.part_mut(0, [pairs.len()])?)?;
-        if let Some(heads) = &mut self.heads {
-            heads.set(gpu, tokens)?;
-        }
-        let longest = numbers.lengths.iter().max().map_or(0, |length| *length as usize);
-        (self.tokens, self.segments) = (tokens, segments);
-        (self.max_q_len, self.max_kv_len) = (numbers.max_q_len, longest.next_multiple_of(CONTEXT_STEP));
+        (self.tokens, self.all) = (tokens, Part::of(batch.segments, 0..batch.segments.len()));
         Ok(())
-    }
-
-    /// The longest context, rounded up.
-    pub(super) fn max_kv_len(&self) -> usize {
-        self.max_kv_len
     }
 
     pub(super) fn ids(&self) -> Result<View<'_, u32>> {
         Ok(self.words.part(0, [self.tokens])?)
     }
 
-    pub(super) fn positions(&self) -> Result<View<'_, i32>> {
-        Ok(self.numbers.part(0, [self.tokens])?)
+    pub(super) fn positions(&self, part: &Part) -> Result<View<'_, i32>> {
+        Ok(self.numbers.part(part.tokens.start, [part.tokens.len()])?)
     }
 
     /// Where each token's keys go.
-    pub(super) fn rows(&self) -> Result<View<'_, i32>> {
-        Ok(self.numbers.part(self.tokens, [self.tokens])?)
+    pub(super) fn rows(&self, part: &Part) -> Result<View<'_, i32>> {
+        Ok(self.numbers.part(self.tokens + part.tokens.start, [part.tokens.len()])?)
     }
 
-    pub(super) fn attention(&self) -> Result<AttentionBatch<'_>> {
-        let (tokens, segments) = (self.tokens, self.segments);
-        let tables = tokens + 3 * segments + 1;
+    /// The blocks that a part's tables name.
+    pub(super) fn tables(&self, part: &Part) -> Result<View<'_, u32>> {
+        Ok(self.words.part(self.first_table() + part.blocks.start, [part.blocks.len()])?)
+    }
+
+    fn first_table(&self) -> usize {
+        self.tokens + 3 * self.all.segments.len() + 1
+    }
+
+    /// Of a part's segments. Tokens are counted from the batch's first one on.
+    pub(super) fn attention(&self, part: &Part) -> Result<AttentionBatch<'_>> {
+        let (tokens, all, tables) = (self.tokens, self.all.segments.len(), self.first_table());
+        let (first, segments) = (part.segments.start, part.segments.len());
         Ok(AttentionBatch {
-            q_offsets: self.words.part(tokens, [segments + 1])?,
-            kv_lengths: self.words.part(tokens + segments + 1, [segments])?,
-            table_starts: self.words.part(tokens + 2 * segments + 1, [segments])?,
+            q_offsets: self.words.part(tokens + first, [segments + 1])?,
+            kv_lengths: self.words.part(tokens + all + 1 + first, [segments])?,
+            table_starts: self.words.part(tokens + 2 * all + 1 + first, [segments])?,
             // All that is left of the buffer, which tables that grow do not change.
             block_table: self.words.part(tables, [self.words.shape().len() - tables])?,
             block_size: BLOCK_SIZE,
-            max_q_len: self.max_q_len,
-            max_kv_len: self.max_kv_len,
+            max_q_len: part.max_q_len,
+            max_kv_len: part.max_kv_len,
         })
-    }
-}
-
-impl HeadOrder {
-    fn new(gpu: &Gpu, num_heads: usize) -> Result<Self> {
-        let offsets = gpu.zeros(Purpose::Workspace, [num_heads + 1])?;
-        Ok(Self { num_heads, tokens: 0, offsets, rows: gpu.zeros(Purpose::Workspace, [0])? })
-    }
-
-    /// Steps with as many tokens as the last one find everything in place.
-    fn set(&mut self, gpu: &Gpu, tokens: usize) -> Result<()> {
-        if self.tokens == tokens {
-            return Ok(());
-        }
-        let heads = self.num_heads;
-        let offsets: Vec<u32> = (0..=heads).map(|head| (head * tokens) as u32).collect();
-        let by_head = (0..heads).flat_map(|head| (0..tokens).map(move |token| (token * heads + head) as u32));
-        let by_token = (0..tokens).flat_map(|token| (0..heads).map(move |head| (head * tokens + token) as u32));
-        let rows: Vec<u32> = by_head.chain(by_token).collect();
-        gpu.reserve(&mut self.rows, rows.len())?;
-        gpu.stream.upload_into(&offsets, &mut self.offsets.view_mut())?;
-        gpu.stream.upload_into(&rows, &mut self.rows.part_mut(0, [rows.len()])?)?;
-        self.tokens = tokens;
-        Ok(())
-    }
-
-    pub(super) fn offsets(&self) -> View<'_, u32> {
-        self.offsets.view()
-    }
-
-    /// For each row in the order of heads, the row `token * H + head` that it comes from.
-    pub(super) fn by_head(&self) -> Result<View<'_, u32>> {
-        Ok(self.rows.part(0, [self.num_heads * self.tokens])?)
-    }
-
-    /// For each row `token * H + head`, the one in the order of heads.
-    pub(super) fn by_token(&self) -> Result<View<'_, u32>> {
-        let rows = self.num_heads * self.tokens;
-        Ok(self.rows.part(rows, [rows])?)
     }
 }

@@ -106,16 +106,16 @@ pub(super) fn step(gpu: &Gpu, config: &Config) -> Result<Option<DecodeStep>> {
 /// Runs all blocks, if the pass is of one token and the model has a step: true if it did.
 pub(super) fn run(gpu: &Gpu, blocks: &[Block<Cuda>], cache: &mut CudaCache) -> Result<bool> {
     let CudaCache { layers, rope, batch, work, step, .. } = cache;
-    let most = MOST_CONTEXT[usize::from(batch.heads.is_some())];
-    let is_short = batch.tokens == 1 && batch.max_kv_len() <= most;
+    let most = MOST_CONTEXT[usize::from(batch.latent.is_some())];
+    let is_short = batch.tokens == 1 && batch.all.max_kv_len <= most;
     let Some(step) = step.as_mut().filter(|_| is_short) else { return Ok(false) };
     let rows = batch.cache_rows;
     let pairs = blocks.iter().zip(layers);
     let mut layers = pairs.map(|(block, cache)| layer(block, cache, rows)).collect::<Result<Vec<_>>>()?;
-    let attention = batch.attention()?;
+    let attention = batch.attention(&batch.all)?;
     let sequence = DecodeSequence {
-        position: batch.positions()?,
-        cache_row: batch.rows()?,
+        position: batch.positions(&batch.all)?,
+        cache_row: batch.rows(&batch.all)?,
         kv_length: attention.kv_lengths,
         table_start: attention.table_starts,
         block_table: attention.block_table,

@@ -98,7 +98,7 @@ impl CudaCache {
             return Ok(false);
         }
         self.begin(gpu, batch)?;
-        let (tokens, max_kv_len) = (self.batch.tokens, self.batch.max_kv_len());
+        let (tokens, max_kv_len) = (self.batch.tokens, self.batch.all.max_kv_len);
         let key = Key { tokens, max_kv_len, drawn: any_drawn(draws), allocations: gpu.usage().allocations };
         let graphs = &mut self.graphs;
         graphs.recorded.retain(|(recorded, _)| recorded.allocations == key.allocations);

@@ -30,7 +30,7 @@ pub struct GpuUsage {
     pub cache: u64,
     /// Activations, and what operations and cuBLASLt asked for.
     pub workspace: u64,
-    /// Allocations so far, given back or not. A pass over no more tokens and no longer a context than passes before it makes none.
+    /// Allocations so far, given back or not. A pass over no more tokens and no longer contexts than passes before it makes none.
     pub allocations: u64,
 }
 

@@ -12,6 +12,7 @@ mod layers;
 mod load;
 mod memory;
 mod moe;
+mod parts;
 mod staging;
 mod workspace;
 

@@ -4,7 +4,7 @@ use anabranch::cuda::{GemmOutput, MoeLayer, Stream, View, ViewMut, add_into};
 use half::bf16;
 
 use super::{
-    attention,
+    attention::{self, Expanded},
     draws::Draws,
     layers::{Dense, Norm},
     load::pad,
@@ -27,6 +27,8 @@ pub(super) struct Workspace {
     pub(super) a: Buffer<bf16>,
     pub(super) b: Buffer<bf16>,
     pub(super) c: Buffer<bf16>,
+    /// Heads that are made out of latents. Their room goes by contexts, not by tokens.
+    pub(super) expanded: Expanded,
     /// The router's logits, `[T, E]`, and those of the shared experts' gate, `[T]`.
     pub(super) scores: Buffer<f32>,
     pub(super) gates: Buffer<f32>,
@@ -98,6 +100,7 @@ impl Workspace {
             a: none(gpu)?,
             b: none(gpu)?,
             c: none(gpu)?,
+            expanded: Expanded::new(gpu)?,
             scores: none(gpu)?,
             gates: none(gpu)?,
             order: none(gpu)?,

@@ -6,6 +6,7 @@
 mod decode;
 mod engine;
 mod failures;
+mod latent;
 mod loading;
 mod memory;
 mod parity;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{Expected, TABLES, assert_close, folder, golden, halves, load, logits, on_gpu, relative_error};
 
 /// Of the logits of a whole prompt, relative to float32.
-const LOGITS: f64 = 4e-2;
+pub(crate) const LOGITS: f64 = 4e-2;
 
 /// The bound for one model: no more than twice what Transformers' own bf16 is off, where that is known and less.
 fn bound(name: &str) -> f64 {
@@ -133,7 +133,7 @@ fn greedy_tokens_under_teacher_forcing() {
 
 /// The experts that a pass chose.
 #[derive(Default)]
-struct Experts(GivenRouting);
+pub(crate) struct Experts(pub(crate) GivenRouting);
 
 impl Observer for Experts {
     fn hidden(&mut self, _: usize, _: Vec<f32>) {}
