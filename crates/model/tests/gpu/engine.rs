@@ -8,7 +8,7 @@ use anabranch_model::{
 };
 
 use crate::{
-    routing::{could_be_taken, selection_bias},
+    routing::{could_be_chosen, could_be_taken, selection_bias},
     support::{golden, load, on_gpu},
 };
 
@@ -202,9 +202,10 @@ fn hangs_on_rounding(name: &str, config: &Config, token: usize, taken: &Experts,
     let experts = moe.routing.num_experts();
     let logits = &logits[token * experts..(token + 1) * experts];
     let bias = selection_bias(name, config, *layer);
-    taken[at]
-        .difference(&alone.experts[token][at])
-        .all(|expert| could_be_taken(&moe.routing, logits, bias.as_deref(), *expert))
+    could_be_chosen(&moe.routing, logits, bias.as_deref(), &taken[at])
+        || taken[at]
+            .difference(&alone.experts[token][at])
+            .all(|expert| could_be_taken(&moe.routing, logits, bias.as_deref(), *expert))
 }
 
 /// What shares the passes, where blocks lie and who was cancelled changes rounding at most: the same requests in the same order give the

@@ -81,6 +81,17 @@ pub(crate) fn selection_bias(name: &str, config: &Config, layer: usize) -> Optio
     Some(Checkpoint::open(&folder(name)).unwrap().get(&tensor).unwrap().to_f32().unwrap())
 }
 
+/// Whether the reference takes these and no others once every logit has moved by no more than rounding: theirs up, all others down.
+/// Where a group comes in for another, experts come with it that were far behind.
+pub(crate) fn could_be_chosen(routing: &Routing, logits: &[f32], bias: Option<&[f32]>, taken: &BTreeSet<i32>) -> bool {
+    let step = ROUNDING * logits.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
+    let moved: Vec<f32> = (0..)
+        .zip(logits)
+        .map(|(expert, logit)| if taken.contains(&expert) { logit + step } else { logit - step })
+        .collect();
+    router(routing, &moved, bias, None).unwrap().topk_ids.into_iter().collect::<BTreeSet<_>>() == *taken
+}
+
 /// Whether the reference takes the expert once every logit has moved by no more than rounding: its own up, or its group's,
 /// all others down.
 pub(crate) fn could_be_taken(routing: &Routing, logits: &[f32], bias: Option<&[f32]>, expert: i32) -> bool {

@@ -17,7 +17,8 @@ use std::{path::PathBuf, time::Instant};
     Decoding: every sequence has so many tokens in the cache, and the median time of a step that adds one to each counts, as the \
     program that asked for it sees it: numbers to the GPU, the step, the most probable tokens back.\n\n\
     floor: bytes of the weights that a step must read, over 4.6 TB/s: all but the embedding table and the experts that nobody visits. \
-    With several sequences E (1 - (1 - K / E)^B) of a layer's E experts are expected to be visited.\n\n\
+    With several sequences E (1 - (1 - K / E)^B) of a layer's E experts are expected to be visited. with cache: the share where \
+    the sequences' keys and values, which a step must read, too, count as well.\n\n\
     Prefill: one prompt of so many random tokens, in one pass.")]
 pub(crate) struct Arguments {
     /// Published configurations by name, or config.json files or the folders that hold them
@@ -72,6 +73,13 @@ pub(super) struct Point {
     pub(super) weight_bytes: u64,
     pub(super) peak_bytes: Option<u64>,
     pub(super) device: String,
+}
+
+impl Point {
+    /// What a decoding step takes at least to read weights, keys and values, of what it takes.
+    fn of_all_bytes(&self) -> f64 {
+        (self.weight_bytes + self.cache_bytes) as f64 / BYTES / (self.ms_median / 1e3)
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
@@ -226,7 +234,7 @@ fn prefill(session: &mut Session<'_, Cuda>, tokens: usize) -> Result<Vec<f64>, F
 }
 
 fn table(points: &[Point]) -> String {
-    let head = ["", "batch", "context", "ms", "min", "tokens/s", "floor", "of it", "peak"];
+    let head = ["", "batch", "context", "ms", "min", "tokens/s", "floor", "of it", "with cache", "peak"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     rows.extend(points.iter().map(|point| {
         let floor = point.floor_tokens_per_second;
@@ -239,10 +247,11 @@ fn table(points: &[Point]) -> String {
             format!("{:.0}", point.tokens_per_second),
             floor.map_or_else(|| "-".to_owned(), |floor| format!("{floor:.0}")),
             floor.map_or_else(|| "-".to_owned(), |floor| format!("{:.0}%", 100.0 * point.tokens_per_second / floor)),
+            floor.map_or_else(|| "-".to_owned(), |_| format!("{:.0}%", 100.0 * point.of_all_bytes())),
             point.peak_bytes.map_or_else(|| "-".to_owned(), units::bytes),
         ]
     }));
-    units::table(&rows, &[1, 2, 3, 4, 5, 6, 7, 8])
+    units::table(&rows, &[1, 2, 3, 4, 5, 6, 7, 8, 9])
 }
 
 #[cfg(test)]
