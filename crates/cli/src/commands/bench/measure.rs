@@ -54,6 +54,8 @@ pub(super) struct Bench {
     other: Tensor<u32>,
     /// Where its checksum goes.
     word: Tensor<u32>,
+    /// Samples of each kind of launch, where they are to be so many.
+    samples: Option<usize>,
 }
 
 /// A layer's weights, random.
@@ -75,14 +77,14 @@ struct Call {
 }
 
 impl Bench {
-    pub(super) fn open(ordinal: usize) -> Result<Self, Failure> {
+    pub(super) fn open(ordinal: usize, samples: Option<usize>) -> Result<Self, Failure> {
         let device = Device::open(ordinal)?;
         let stream = device.new_stream()?;
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
         let cache = device.context().attribute(attribute).map_err(driver)?.unsigned_abs() as usize;
         let other = stream.zeros([5 * cache / 8])?;
         let word = stream.zeros([1])?;
-        Ok(Self { device: device.name()?, stream, other, word })
+        Ok(Self { device: device.name()?, stream, other, word, samples })
     }
 
     /// Measures a shape with every number of its tokens. Its memory is free again afterwards.
@@ -256,7 +258,9 @@ impl Bench {
         let mut samples = Vec::new();
         let mut warm = false;
         loop {
-            let events = (0..BATCH).map(|_| self.sample(&mut launch)).collect::<Result<Vec<_>, _>>()?;
+            let left = self.samples.map_or(BATCH, |all| (all - samples.len()).min(BATCH));
+            let count = if warm { left } else { BATCH };
+            let events = (0..count).map(|_| self.sample(&mut launch)).collect::<Result<Vec<_>, _>>()?;
             self.stream.synchronize()?;
             // The first batch warms up.
             if std::mem::replace(&mut warm, true) {
@@ -264,7 +268,8 @@ impl Bench {
                     samples.push(elapsed_us(pair)?);
                 }
             }
-            if enough(samples.len(), begin.elapsed()) {
+            let done = self.samples.map_or_else(|| enough(samples.len(), begin.elapsed()), |all| samples.len() >= all);
+            if done {
                 return Ok(Times::new(samples));
             }
         }

@@ -61,6 +61,9 @@ pub(crate) struct Arguments {
     /// Logits from a safetensors file, NAME.T for a preset with T tokens [T, E]; made from the seed where it has none
     #[arg(long, value_name = "FILE", conflicts_with = "hidden")]
     logits: Option<PathBuf>,
+    /// Samples of each kind of launch, exactly; published numbers of others have 20, which a GPU's power limit slows less than more
+    #[arg(long, value_name = "N", conflicts_with = "steady", value_parser = at_least_one)]
+    samples: Option<usize>,
     /// Measure sixteen layers back to back instead of one on its own
     #[arg(long)]
     steady: bool,
@@ -134,7 +137,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         steady: arguments.steady,
     };
     let Dtype::Bf16 = arguments.dtype;
-    let mut bench = Bench::open(ordinal)?;
+    let mut bench = Bench::open(ordinal, arguments.samples)?;
     output::print(&format!("{}\n", bench.device))?;
 
     let mut records: Vec<Record> = Vec::new();
