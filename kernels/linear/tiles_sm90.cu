@@ -16,8 +16,6 @@
 // Bounds. Bytes: 2 n d of weights once; x comes from the second-level cache, once a tile: T = 64 doubles what that
 // delivers.
 
-#include <algorithm>
-
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
 #include "common/ring.cuh"

@@ -150,7 +150,7 @@ fn check(name: &str, model: &Model<Cuda>) {
         piecewise.pass(&ALL[1 + step % 3..], |row| rules[(row + 2 * step) % ROWS]);
         piecewise.pass(&[step % ROWS], |_| rules[step % 5]);
     }
-    for pair in [repeated, piecewise] {
+    for pair in [&repeated, &piecewise] {
         assert!(pair.sequences.iter().all(|ids| ids.len() <= BLOCK_SIZE));
         println!("{name}: {} of {} tokens lie at a border of the reference's", pair.near, pair.drawn);
         assert!(pair.near * 50 <= pair.drawn, "{name}");
