@@ -142,7 +142,8 @@ class Step {
         clear_tail(places_.vector, args_.attention.num_heads * args_.o_dim);
         break;
       case Product::kRouted:
-        return;
+        // The shared experts' sums are read until all have published theirs.
+        break;
       case Product::kDown:
         receive_vector(args_.words.h, h_elements(), places_.vector);
         break;
