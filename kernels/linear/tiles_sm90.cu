@@ -13,8 +13,8 @@
 // Reference: anabranch::reference::linear. Architecture: 9.0a (TMA, wgmma, clusters). Alignment: 16 bytes, y 4; d and n
 // multiples of 8.
 //
-// Bounds. Bytes: 2 n d of weights once; x comes from the second-level cache, once a tile: T = 64 doubles what that
-// delivers.
+// Bounds. Bytes: 2 n d of weights once; x comes from the second-level cache, once a tile: T = 64 adds half to
+// what that delivers.
 
 #include "common/bf16.cuh"
 #include "common/launch.cuh"
