@@ -503,8 +503,8 @@ typedef struct AnabranchLinearParams {
 
 // Whether anabranch_linear takes so many tokens of this width on the current device. On Hopper (9.0) it does up to 64.
 // Elsewhere, and with norm_weight (`norms` not 0), up to 4, and up to 8 of weights below 32 MiB, fewer where x would
-// not fit into a block's memory: with more tokens a grouped GEMM, after rms_norm, is faster. weight_rows: n, or 2 n
-// with SwiGLU, below 2^32. `takes` is a host pointer.
+// not fit into a block's memory: with more tokens rms_norm comes first, then this without norm_weight where it takes
+// them, else a grouped GEMM. weight_rows: n, or 2 n with SwiGLU, below 2^32. `takes` is a host pointer.
 AnabranchStatus anabranch_linear_takes(uint64_t num_tokens, uint32_t in_features, uint64_t weight_rows, uint32_t norms,
                                        uint32_t* takes);
 

@@ -5,8 +5,8 @@
 // where x may be the RMS norm of what is given, after an addition: x[t] = norm(x'[t] + delta[t]).
 //
 //   x [T, d] bf16, T at most 8 (on Hopper 64), W [n, d] or [2 n, d] (gate rows, then up rows) bf16, b [n] float32 or
-//   null -> y [T, n] bf16 or float32. Sums in float32, in an order that depends on the sizes; another than
-//   grouped_gemm's.
+//   null -> y [T, n] bf16 or float32. Sums in float32, in an order that depends on the sizes and the device; another
+//   than grouped_gemm's.
 //
 // Reference: anabranch::reference::linear. Architecture: 8.0 and newer. Alignment: 16 bytes; d and n multiples of 8.
 //
@@ -223,9 +223,13 @@ AnabranchStatus choose(uint64_t tokens, uint32_t in_features, uint64_t weight_ro
   ANABRANCH_TRY(checked(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
   const uint64_t bytes = 2 * weight_rows * in_features;
   const bool fits = shared_bytes(tokens, in_features) <= static_cast<uint64_t>(shared);
-  const bool tiles = !norms && tokens <= kMostTileTokens && is_there_sm90();
-  const uint64_t rows = bytes < kFewBytes && !tiles ? kMaxTokens : kFewTokens;
-  *way = tokens <= rows && fits ? Way::kRows : tiles ? Way::kTiles : Way::kNone;
+  if (tokens <= kFewTokens && fits) {
+    *way = Way::kRows;
+  } else if (!norms && tokens <= kMostTileTokens && is_there_sm90()) {
+    *way = Way::kTiles;
+  } else {
+    *way = tokens <= kMaxTokens && bytes < kFewBytes && fits ? Way::kRows : Way::kNone;
+  }
   return ANABRANCH_STATUS_OK;
 }
 

@@ -16,7 +16,7 @@ const OPERATION: &str = "linear";
 const NORM_OPERATION: &str = "norm_linear";
 
 /// From so many tokens on cuBLASLt is worth it: below, a product takes as long as its weights take to be read, whoever does it. With 64 it takes
-/// 6% off a decode step of LLaMA-2-7B on an H200, with 16 a product alone takes as long.
+/// 6% off a decode step of LLaMA-2-7B on an H200, with 16 a product alone takes as long; between them nothing was measured.
 pub const CUBLASLT_FROM_TOKENS: usize = 32;
 
 /// What [`linear_into`] reads.
@@ -65,7 +65,7 @@ fn way(num_tokens: usize, epilogue: Epilogue, bias: bool, tile: Tile, cublaslt: 
 /// `y[T, out] = epilogue(x W^T + b)`, as [`reference::linear`](crate::reference::linear) specifies, summed in float32. The same call
 /// gives the same bits. `2 T in out` FLOP or one read of the weight, whichever takes longer.
 ///
-/// The kernels' own product is one launch, and sums in an order that depends on the sizes. Few tokens have kernels of their own, with [`Tile::Auto`]
+/// The kernels' own product is one launch, and sums in an order that depends on the sizes and the GPU. Few tokens have kernels of their own, with [`Tile::Auto`]
 /// and the epilogue [`Epilogue::Linear`], or [`Epilogue::SwiGlu`] without a bias: on Hopper up to 64, elsewhere up to 4, and up to 8 where
 /// the weight has less than 32 MiB (fewer where they are very wide). They begin to read the weight early on a stream
 /// [with settled weights](Stream::with_settled_weights).

@@ -68,6 +68,26 @@ pub(crate) struct Expected {
 }
 
 impl Case {
+    /// 2,400 columns of shared experts, more than two tiles of eight for each of an H200's blocks, and rows that all warps share.
+    pub(crate) fn with_wide_shared_experts(seed: u64) -> Self {
+        let attention = AttentionShape { num_heads: 4, num_kv_heads: 2, key_dim: 32, value_dim: 32, scale: 0.18 };
+        let shape = DecodeShape {
+            num_layers: 2,
+            hidden_size: 1032,
+            norm_eps: 1e-5,
+            attention,
+            latent: None,
+            head_norm_eps: 1e-6,
+            rotary_first: 0,
+            routing: Some(Routing::builder(4, 2).build().unwrap()),
+            num_shared: 2,
+            intermediate_size: 1200,
+            dense_size: 0,
+        };
+        let rope = (32, RopeLayout::Half);
+        Self { shape, rope, head_norms: false, bias: false, routed: 0, length: 5, block_size: 64, seed }
+    }
+
     pub(crate) fn rope(&self) -> Rope {
         Rope::new(self.rope.0, 10_000.0, self.rope.1, RopeScaling::None).unwrap()
     }

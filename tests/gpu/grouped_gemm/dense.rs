@@ -117,6 +117,48 @@ fn tokens_side_by_side() {
     });
 }
 
+/// A block that has a tile's whole depth goes around its ring many times, as with an LM head.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn long_rows_of_many_columns() {
+    on_gpu(|stream| {
+        for num_tokens in [5, 33] {
+            let (inner, out, epilogue) = (2048, 56_000, Epilogue::Linear);
+            check::<f32>(stream, &Dense { num_tokens, inner, out, epilogue, bias: false, seed: 9 }).unwrap();
+        }
+    });
+}
+
+/// Weights that are read before the launch before has ended, where that one makes x: the same bits as when they wait.
+#[test]
+#[ignore = "needs a CUDA GPU"]
+fn settled_weights_change_no_bits() {
+    on_gpu(|stream| {
+        let (inner, between, out) = (1024, 2048, 1536);
+        for num_tokens in [1, 5, 20, 64] {
+            let x = stream.upload([num_tokens, inner], &noise(num_tokens * inner, 1.0, 1)).unwrap();
+            let first = stream.upload([between, inner], &noise(between * inner, 0.1, 2)).unwrap();
+            let second = stream.upload([out, between], &noise(out * between, 0.1, 3)).unwrap();
+            let product = |stream: &Stream| {
+                let mut h = stream.zeros::<bf16>([num_tokens, between]).unwrap();
+                let mut y = stream.zeros::<f32>([num_tokens, out]).unwrap();
+                let (epilogue, tile) = (Epilogue::Linear, Tile::Auto);
+                let input = LinearInput { x: x.view(), weight: first.view(), bias: None, epilogue, tile };
+                linear_into(stream, &input, &mut h.view_mut()).unwrap();
+                let input = LinearInput { x: h.view(), weight: second.view(), ..input };
+                linear_into(stream, &input, &mut y.view_mut()).unwrap();
+                stream.download(&y.view()).unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let waiting = product(stream);
+            stream.synchronize().unwrap();
+            let settled = stream.clone().with_settled_weights();
+            for _ in 0..8 {
+                assert_eq!(product(&settled), waiting, "{num_tokens} tokens");
+            }
+        }
+    });
+}
+
 /// Of x, what is not a number stays in its own row of y; of the weights, in its own column.
 #[test]
 #[ignore = "needs a CUDA GPU"]

@@ -258,8 +258,7 @@ impl Bench {
         let mut samples = Vec::new();
         let mut warm = false;
         loop {
-            let left = self.samples.map_or(BATCH, |all| (all - samples.len()).min(BATCH));
-            let count = if warm { left } else { BATCH };
+            let count = self.samples.filter(|_| warm).map_or(BATCH, |all| BATCH.min(all - samples.len()));
             let events = (0..count).map(|_| self.sample(&mut launch)).collect::<Result<Vec<_>, _>>()?;
             self.stream.synchronize()?;
             // The first batch warms up.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What a product of attention in latents costs, where one with expanded heads or of the projections costs 1: on an H200 198 TFLOP/s
-/// against 553 (docs/performance.md) and about 600. Without Hopper's kernel heads have 320, which moves the choice by a few queries.
+/// against 553 (docs/performance.md) and about 600. The portable kernel reaches 327 with such heads, which moves the choice by a few queries.
 const LATENT_COST: u64 = 3;
 /// Bytes of the rows that are expanded at once: 94,000 of 16 heads, and 12,900 of DeepSeek-V3's 128. What is beyond is attended to in
 /// latents.

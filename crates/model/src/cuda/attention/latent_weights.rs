@@ -95,7 +95,7 @@ pub(super) fn by_head(
 }
 
 /// `[H * head + H * v, key]`: what makes a cached row every head's key, then every head's value. Ones let the rotated elements pass to
-/// each key. That is `kv_b` a third time, 1.4 times as large and under one percent of a published model's weights: with it one plain product
+/// each key. That is `kv_b` once more beside the absorbed form, 1.4 times as large and under one percent of a published model's weights: with it one plain product
 /// writes complete keys and values.
 pub(super) fn all_heads(gpu: &Gpu, config: &Config, kv_b: &StoredLinear, sizes: &LatentSizes) -> Result<Buffer<bf16>> {
     let &Attention::Latent { kv_lora_rank, qk_rope_head_dim, v_head_dim, .. } = &config.attention else {
